@@ -1,0 +1,115 @@
+"""The protocol of every objective: `loss = finalize(merge over blocks of partial(block))`.
+
+A rank is only a large block. An objective sees tensors, never ranks: `partial` looks at some anchor rows against
+all candidates and returns totals that merge by sum or by log-sum-exp, `finalize` makes the loss of merged totals.
+The engine (`mmcontrast.sharding.value_and_grad`) does the rest, so blocks, micro-batches and ranks give one gradient.
+
+Letters: B anchors of a block, N rows of the global batch, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmcontrast.batch import Embeddings
+from mmcontrast.config import Configurable
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some anchors of the global batch against candidates of the whole of it.
+
+    Attributes:
+        anchors: modality -> [B, D], this block's rows of every modality; zeros where the row lacks it.
+        z: modality -> [N, D] of the modalities that the objective names in `candidates`.
+        present: modality -> [N] bool.
+        rows: [B] int64, positions of the anchors in 0..N-1; the positive of row i is candidate i.
+        ids: [N] int64; equal ids are never negatives of each other.
+        groups: name -> [N] int64.
+        aux: whatever `prepare` returned.
+    """
+
+    anchors: Embeddings
+    z: Embeddings
+    present: Mapping[str, Tensor]
+    rows: Tensor
+    ids: Tensor
+    groups: Mapping[str, Tensor]
+    aux: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What merges over blocks and ranks: `sums` by addition, `logsumexps` by log-sum-exp, elementwise."""
+
+    sums: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    logsumexps: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class Objective(nn.Module, Configurable):
+    """Base of all objectives. Parameters (temperature, bias, prototypes) belong to the objective, not to the model.
+
+    `partial` must be pure (it reads state and never writes it: it may run twice) and free of randomness: what is
+    random is drawn once in `prepare`, from `step`, so that every rank draws the same.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """Settings that every objective has."""
+
+        weight: float = 1.0
+        """Factor of this term in the loss."""
+
+    whole: ClassVar[bool] = False
+    """True for a formula of the whole batch only: evaluated on all rows on every rank; right, not memory-scalable."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.weight = config.weight
+
+    @property
+    def candidates(self) -> Sequence[str]:
+        """Modalities whose rows every block must see; only these travel between ranks."""
+        raise NotImplementedError
+
+    @property
+    def modalities(self) -> Sequence[str]:
+        """All modalities that the objective reads, candidates among them."""
+        raise NotImplementedError
+
+    def prepare(
+        self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int
+    ) -> Mapping[str, Tensor]:
+        """Once per step, without gradient, on the whole batch, with the same result on every rank.
+
+        `z` holds the candidates, [N, D] each.
+        """
+        return {}
+
+    def partial(self, block: Block) -> Totals:
+        """Totals of one block."""
+        raise NotImplementedError
+
+    def finalize(self, totals: Totals, present: Mapping[str, Tensor]) -> Tensor:
+        """Merged totals -> the scalar loss. `present` (modality -> [N] bool) gives each term its count."""
+        raise NotImplementedError
+
+    def update(self, z: Embeddings, ids: Tensor) -> None:
+        """After the gradient, without gradient, on the whole batch: queues, running averages, state per id."""
+
+    def clamp(self) -> None:
+        """After the optimizer's step: bring the parameters back into their range."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """What a person wants to watch, such as the temperature."""
+        return {}
+
+
+def masked_logsumexp(scores: Tensor, masked: Tensor, dim: int) -> Tensor:
+    """log-sum-exp over the entries that are not masked; -inf, with zero gradient, where none is left."""
+    return torch.logsumexp(scores.masked_fill(masked, -torch.inf), dim)
