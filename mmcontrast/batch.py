@@ -28,7 +28,8 @@ class Batch:
     """The samples of one rank and one step.
 
     Attributes:
-        inputs: modality -> tensor (or mapping of tensors) of the rows that HAVE it, [n_m, ...].
+        inputs: modality -> tensor (or mapping of tensors) of the rows that HAVE it, [n_m, ...]; no entry where
+            no row has it.
         rows: modality -> [n_m] int64, ascending: the rows of the batch that they belong to.
         ids: [n] int64, stable sample ids; equal ids are one sample and never negatives of each other.
         groups: name -> [n] int64 labels such as concept or patient.
@@ -80,15 +81,18 @@ class Batch:
             for modality, index in host_rows.items():
                 low, high = (int(v) for v in torch.searchsorted(index, torch.tensor([start, stop])))
                 rows[modality] = self.rows[modality][low:high]
-                inputs[modality] = map_tensors(
-                    self.inputs[modality], lambda t, low=low, high=high: t[low:high]
-                )
+                if low < high:
+                    part = slice(low, high)
+                    inputs[modality] = map_tensors(self.inputs[modality], lambda t, part=part: t[part])
             yield MicroBatch(start=start, inputs=inputs, rows=rows)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some consecutive rows of a batch: `rows` are positions in the whole batch, `start` its first row."""
+    """Some consecutive rows of a batch: `rows` are positions in the whole batch, `start` its first row.
+
+    `inputs` has no entry for a modality that none of the rows has.
+    """
 
     start: int
     inputs: Mapping[str, Any]

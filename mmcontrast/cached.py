@@ -11,7 +11,6 @@ nothing has to be saved.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import Batch, MicroBatch
+from mmcontrast.randomness import fold_seed
 from mmcontrast.sharding import Result
 
 Encode = Callable[[MicroBatch], Mapping[str, Tensor]]
@@ -35,7 +35,7 @@ def forward_backward(
     first_row: int = 0,
     cotangent_scale: float = 1.0,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
-    sync_next_backward: Callable[[], None] = lambda: None,
+    sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Result:
     """Add the gradient of `loss` to the encoders' `.grad`, holding the graph of one micro-batch at a time.
 
@@ -47,8 +47,8 @@ def forward_backward(
         seed: with the first global row of a micro-batch, the seed of its randomness.
         first_row: global row of this rank's first row.
         cotangent_scale: factor on the embedding gradients; the number of ranks where a wrapper averages over them.
-        no_sync: context in which a backward does not reduce gradients over ranks (DDP's `no_sync`).
-        sync_next_backward: called before the last backward, which must reduce.
+        no_sync: context in which neither forward nor backward reduces gradients over ranks (DDP's `no_sync`).
+        sync: context for the last backward, which reduces what all of them have added up.
     """
     pieces = list(batch.split(micro_batch))
     device = batch.ids.device
@@ -68,8 +68,8 @@ def forward_backward(
         cotangents = {m: g * cotangent_scale for m, g in result.gradients.items()}
         for piece in pieces[:-1]:
             _backward(_encode(encode, piece, seed, first_row), piece, cotangents)
-    sync_next_backward()
-    _backward(last, pieces[-1], cotangents)
+    with sync():
+        _backward(last, pieces[-1], cotangents)
     return result
 
 
@@ -90,12 +90,6 @@ def _backward(encoded: Mapping[str, Tensor], piece: MicroBatch, cotangents: Mapp
         torch.autograd.backward(
             list(outputs.values()), [cotangents[m][piece.rows[m]] for m in outputs]
         )
-
-
-def fold_seed(*parts: int | str) -> int:
-    """One 63-bit seed of several numbers or words; the same on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def batch_coupled_layers(model: nn.Module) -> list[str]:

@@ -113,9 +113,10 @@ def run_engine(group: Any, case: Case) -> Outcome:
     outcome = Outcome([], [], {})
 
     def encode(piece: MicroBatch) -> dict[str, Tensor]:
+        nothing = {m: torch.zeros(1, width, dtype=torch.float64) for m, width in WIDTHS.items()}
         return {
-            m: nn.functional.normalize(encoders[m](x), dim=-1) if len(x) else _nothing(encoders[m], x)
-            for m, x in piece.inputs.items()
+            m: nn.functional.normalize(encoder(piece.inputs.get(m, nothing[m])), dim=-1)[: len(piece.rows[m])]
+            for m, encoder in encoders.items()
         }
 
     for step in range(STEPS):
@@ -140,11 +141,6 @@ def run_engine(group: Any, case: Case) -> Outcome:
             parameter.grad = total
         step_and_record(outcome, result.loss, encoders, objectives)
     return outcome
-
-
-def _nothing(encoder: nn.Module, x: Tensor) -> Tensor:
-    """No rows, but still the tower's graph, as MultiEncoder gives it."""
-    return encoder(x.new_zeros(1, x.shape[1]))[:0]
 
 
 def run_reference(case: Case, formulas: Mapping[str, Formula]) -> Outcome:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from mmcontrast.batch import Batch, MicroBatch
-from mmcontrast.cached import batch_coupled_layers, fold_seed, forward_backward
+from mmcontrast.cached import batch_coupled_layers, forward_backward
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.objectives.base import Objective
+from mmcontrast.randomness import fold_seed
 from mmcontrast.sharding import Result, World, value_and_grad
 from tests.conftest import SIZES, GlooPool
 from tests.invariance import ROWS, Case, Formula, Outcome, assert_same, run_engine, run_reference
@@ -126,14 +127,14 @@ def test_gradient_survives_saturation(dtype: torch.dtype) -> None:
     base = torch.zeros(n, d, dtype=torch.float64)
     base[:, 0] = base[torch.arange(n), torch.arange(n) + 1] = 2**-0.5
     z = {"image": base.to(dtype), "text": base.to(dtype)}
-    got = value_and_grad(
-        {"clip": InfoNCE.Config(scale=100.0).build().to(dtype)}, z, _everyone(n), torch.arange(n), block=16
-    )
+    objective = InfoNCE.Config(scale=100.0).build().to(dtype)
+    got = value_and_grad({"clip": objective}, z, _everyone(n), torch.arange(n), block=16)
     # d loss / d s_ij = P_ij / n per direction, and both directions agree here by symmetry.
-    off = torch.exp(torch.tensor(-50.0, dtype=torch.float64))
+    scale = objective.log_scale.detach().double().exp()[0]
+    off = torch.exp(-scale / 2)
     p = torch.full((n, n), float(off / (1 + (n - 1) * off)), dtype=torch.float64)
     p.fill_diagonal_(-float((n - 1) * off / (1 + (n - 1) * off)))
-    want = 100.0 / n * p @ base
+    want = scale / n * p @ base
     error = (got.gradients["image"].double() - want).norm() / want.norm()
     assert want.norm() > 0 and error < (1e-4 if dtype == torch.float32 else 1e-9), float(error)
 

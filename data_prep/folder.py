@@ -1,0 +1,60 @@
+"""A folder of pictures and captions -> shards.
+
+A picture's caption is the text file beside it (`dog.jpg`, `dog.txt`); without one, the name of its folder
+(`golden_retriever/0001.jpg` -> "golden retriever"). The folder's name also becomes its label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmcontrast.config import ConfigError
+from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
+from mmcontrast.decode import image
+from mmcontrast.shards import FORMATS, BadSample, Sample
+
+
+def prepare(folder: Path, out: Path, *, val: float, test: float, overwrite: bool = False) -> Summary:
+    """Write the shards; pictures with equal captions stay in one split.
+
+    Raises:
+        ConfigError: no such folder, no pictures, or none with a caption.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {str(folder)!r}")
+    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower()[1:] in FORMATS["image"] and p.is_file())
+    if not pictures:
+        raise ConfigError(f"{folder} has no pictures; looked for {', '.join(FORMATS['image'])} in it and below")
+    about = {"source": "folder", "path": folder.name}
+    items = (_item(folder, path, number) for number, path in enumerate(pictures))
+    return write_splits(
+        items, out, val=val, test=test, overwrite=overwrite, about=about, total=len(pictures)
+    )
+
+
+def _item(folder: Path, path: Path, number: int) -> Item | Refused:
+    where = str(path.relative_to(folder))
+    try:
+        caption, label = _caption(folder, path)
+        if not caption:
+            return Refused(where, "no caption: no text file beside it, and not in a named folder")
+        data = path.read_bytes()
+        image(data)
+    except (OSError, UnicodeDecodeError, BadSample) as error:
+        return Refused(where, str(error))
+    meta = {"file": where} | ({"label": label} if label else {})
+    extension = path.suffix.lower()[1:]
+    return Item(Sample(f"{number:08d}", {extension: data, "txt": caption, "json": meta}), caption)
+
+
+def _caption(folder: Path, path: Path) -> tuple[str, str]:
+    label = "" if path.parent == folder else path.parent.name.replace("_", " ").strip()
+    beside = path.with_suffix(".txt")
+    if beside.is_file():
+        text = " ".join(beside.read_text("utf-8").split())
+        if text:
+            return text, label
+    return label, label
+
+

@@ -1,0 +1,126 @@
+"""Shards + a model -> embeddings of every modality, in the order of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmcontrast.batch import Batch
+from mmcontrast.config import ConfigError
+from mmcontrast.data.stream import Example, Reader
+from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.shards import BadSample, open_shards
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The samples of some shards in the shared space.
+
+    Attributes:
+        z: modality -> [n_m, D] float32 on the CPU, the samples that have it.
+        rows: modality -> [n_m] int64, ascending places in `keys`.
+        keys: [n] sample keys.
+        positions: [n] int64 places in the shards.
+        meta: [n] metadata objects.
+        skipped: damaged samples, left out: (shard, key, reason).
+        fingerprint: of the shards.
+    """
+
+    z: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    keys: Sequence[str]
+    positions: Tensor
+    meta: Sequence[Mapping[str, Any]]
+    skipped: Sequence[tuple[str, str, str]]
+    fingerprint: str
+    reader: Reader
+
+    def paired(self, x: str, y: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that have both modalities, and both embeddings of them: [p], [p, D], [p, D]."""
+        both = self.rows[x][torch.isin(self.rows[x], self.rows[y])]
+        z = [self.z[m][torch.searchsorted(self.rows[m], both)] for m in (x, y)]
+        return both, z[0], z[1]
+
+
+class _Chunks(Dataset[tuple[Batch, list[Example]]]):
+    """Chunk number -> its batch and examples, damaged samples left out and named."""
+
+    def __init__(self, reader: Reader, size: int) -> None:
+        self.reader, self.size = reader, size
+
+    def __len__(self) -> int:
+        return -(-len(self.reader.shards) // self.size)
+
+    def __getitem__(self, chunk: int) -> tuple[Batch, list[Example]]:
+        examples: list[Example] = []
+        skipped: list[tuple[str, str, str]] = []
+        stop = min((chunk + 1) * self.size, len(self.reader.shards))
+        for position in range(chunk * self.size, stop):
+            try:
+                examples.append(self.reader.example(position))
+            except BadSample as error:
+                skipped.append((*self.reader.shards.name(position), str(error)))
+        batch = self.reader.collate(examples, skipped=skipped)
+        return batch, [Example(e.position, e.key, {}, e.meta) for e in examples]
+
+
+def embed(
+    model: MultiEncoder,
+    shards: Sequence[str],
+    *,
+    modalities: Sequence[str] | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    progress: bool = False,
+) -> Embedded:
+    """Embed all samples of some shards.
+
+    Args:
+        model: used in evaluation mode.
+        shards: folders, globs or ranges.
+        modalities: which to embed; by default all of the model.
+        batch_size: samples encoded at once.
+        workers: processes that read and decode; 0 does it in this one.
+        progress: show a bar on standard error.
+
+    Raises:
+        ConfigError: shards that cannot be opened, a modality that no sample has, or no sample left.
+    """
+    transforms = {m: model.encoder(m).transform(train=False) for m in modalities or model.modalities}
+    opened = open_shards(shards)
+    reader = Reader(opened, transforms)
+    chunks = _Chunks(reader, batch_size)
+    z: dict[str, list[Tensor]] = {m: [] for m in transforms}
+    rows: dict[str, list[Tensor]] = {m: [] for m in transforms}
+    examples: list[Example] = []
+    skipped: list[tuple[str, str, str]] = []
+    loader = DataLoader(chunks, batch_size=None, num_workers=workers)
+    for batch, seen in _watched(loader, len(chunks), progress):
+        for modality, x in batch.inputs.items():
+            z[modality].append(model.embed(modality, x).float().cpu())
+            rows[modality].append(batch.rows[modality] + len(examples))
+        examples += seen
+        skipped += batch.skipped
+    if not examples:
+        raise ConfigError(f"none of the {len(opened)} samples of {', '.join(shards)} could be read")
+    return Embedded(
+        z={m: torch.cat(parts) for m, parts in z.items() if parts},
+        rows={m: torch.cat(parts) for m, parts in rows.items() if parts},
+        keys=[e.key for e in examples],
+        positions=torch.tensor([e.position for e in examples]),
+        meta=[e.meta for e in examples],
+        skipped=skipped,
+        fingerprint=opened.fingerprint,
+        reader=reader,
+    )
+
+
+def _watched(loader: Any, total: int, progress: bool) -> Iterator[tuple[Batch, list[Example]]]:
+    from tqdm import tqdm
+
+    yield from tqdm(loader, total=total, desc="embed", unit="batch", disable=not progress)

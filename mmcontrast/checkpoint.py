@@ -1,0 +1,240 @@
+"""The run folder: written so that a crash at any moment leaves the newest whole checkpoint readable.
+
+    RUN/config.json             the resolved settings; can be passed instead of a recipe
+    RUN/assets/MODALITY/        what a tower needs beside its weights (a tokenizer, say)
+    RUN/metrics.jsonl           one JSON object per line
+    RUN/step-000200/            model, objectives and optimizer as safetensors, state.json, manifest.json
+
+A checkpoint is written under a temporary name, its files are hashed and synced, and then it is renamed; older ones
+are removed only after that. Loading takes the newest whose hashes agree and sets damaged ones aside. Everything is
+safetensors and JSON: nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmcontrast.config import ConfigError, Configurable, from_dict
+from mmcontrast.encoders.multi import MultiEncoder
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+class Checkpoints(Configurable):
+    """Saves and finds the checkpoints of a run."""
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """When to save, and how many to keep."""
+
+        every: int | None = None
+        """Steps between checkpoints; None saves at the end only."""
+        keep: int = 2
+        """Newest checkpoints that stay."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        if config.every is not None and config.every < 1:
+            raise ConfigError(f"checkpoint.every is {config.every}; it must be at least 1, or None")
+        if config.keep < 1:
+            raise ConfigError(f"checkpoint.keep is {config.keep}; at least 1 must stay")
+        self.config, self.folder = config, folder
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Write `step-N/`: a safetensors file per entry of `tensors`, and `state` as JSON. One process calls it.
+
+        Raises:
+            OSError: the disk is full or cannot be written; older checkpoints are untouched.
+        """
+        from safetensors.torch import save_file
+
+        final = self.folder / f"step-{step:06d}"
+        temporary = final.with_name(final.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            for name, content in tensors.items():
+                # Own memory for each tensor: safetensors refuses views that share storage.
+                save_file({k: t.detach().cpu().clone().contiguous() for k, t in content.items()}, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        replaced = final.with_name(final.name + ".old")
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for _, old in list_checkpoints(self.folder)[: -self.config.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; damaged ones are renamed to `.corrupt` on the way. One process calls it."""
+        for _, path in reversed(list_checkpoints(self.folder)):
+            reason = damage(path)
+            if reason is None:
+                return path
+            aside = path.with_name(path.name + ".corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{path} is damaged ({reason}); set aside as {aside.name}", file=sys.stderr)
+        return None
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all finished checkpoints, oldest first."""
+    found = [(m, p) for p in folder.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+    return sorted((int(m[1]), p) for m, p in found)
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint is not what was saved; None if it is."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        for name, facts in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"] or _hash(file) != facts["sha256"]:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "manifest.json cannot be read"
+    return None
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(path / f"{name}.safetensors")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    return cast(dict[str, Any], json.loads((path / "state.json").read_text()))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Optimizer state as `PARAMETER/KEY` -> tensor."""
+    found: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            found[f"{names[parameter]}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return found
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """The reverse of `optimizer_tensors`."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("/")
+        parameter = by_name[name]
+        # Step counters stay where they were made; moments go to their parameter.
+        place = parameter.device if value.ndim else value.device
+        optimizer.state[parameter][key] = value.to(place)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A run folder's newest whole checkpoint, or the checkpoint that is named itself; nothing is changed on disk.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no run folder {str(path)!r}")
+    if _NAME.fullmatch(folder.name):
+        reason = damage(folder)
+        if reason:
+            raise ConfigError(f"the checkpoint {folder} is damaged: {reason}")
+        return folder
+    for _, checkpoint in reversed(list_checkpoints(folder)):
+        if damage(checkpoint) is None:
+            return checkpoint
+    raise ConfigError(f"{folder} holds no whole checkpoint (step-N); train first, or name another folder")
+
+
+def model_hash(checkpoint: Path) -> str:
+    """Identity of a checkpoint's model: weights and settings."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    config = read_config(checkpoint.parent)["model"]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(files["model.safetensors"]["sha256"].encode())
+    return digest.hexdigest()[:16]
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """`config.json` of a run folder.
+
+    Raises:
+        ConfigError: not there, or no JSON object.
+    """
+    path = run / "config.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return cast(dict[str, Any], found)
+
+
+def load(path: str | Path, *, trust: Collection[str] = ()) -> MultiEncoder:
+    """The model of a run, in evaluation mode; `model.encode(modality, values)` embeds.
+
+    Args:
+        path: a run folder (its newest whole checkpoint is taken) or one of its `step-N` folders.
+        trust: modules beside mmcontrast whose classes the run's config may name; they are imported.
+
+    Raises:
+        ConfigError: no whole checkpoint, or a config that cannot be rebuilt.
+    """
+    checkpoint = find_checkpoint(path)
+    run = checkpoint.parent
+    data = read_config(run)
+    if "model" not in data:
+        raise ConfigError(f"{run / 'config.json'} has no 'model'")
+    config = cast(MultiEncoder.Config, from_dict(data["model"], trust=trust, where="model"))
+    model: MultiEncoder = config.build(restore=run / "assets")
+    try:
+        model.load_state_dict(read_tensors(checkpoint, "model"))
+    except RuntimeError as error:
+        raise ConfigError(f"{checkpoint} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+    return model.eval()
+
+
+def names_of(*modules: tuple[str, nn.Module]) -> dict[Tensor, str]:
+    """Parameter -> a name that is the same in every process and run."""
+    return {p: f"{prefix}.{name}" for prefix, module in modules for name, p in module.named_parameters()}
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

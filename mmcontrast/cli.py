@@ -1,0 +1,316 @@
+"""The command. Heavy libraries are imported by the commands that need them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mmcontrast.config import ConfigError
+
+Positional = tyro.conf.Positional
+
+
+def quickstart(out: Path = Path("runs/quickstart"), json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None) -> None:
+    """Run the main job on real data that the install brings: prep, train, eval, index, search.
+
+    Args:
+        out: folder for shards, run, index and page; made anew.
+        json_file: also write the scores here.
+    """
+    from mmcontrast.quickstart import run
+
+    run(out, json_file, main)
+
+
+def prep_emoji(out: Positional[Path], val: float = 0.05, test: float = 0.1, overwrite: bool = False) -> None:
+    """OpenMoji pictures and their names, from pip packages (the extra [demo]).
+
+    Args:
+        out: folder that gets train/, val/, test/ and style/ (line drawings).
+        val: share of the concepts for validation.
+        test: share of the concepts for testing.
+        overwrite: replace shards that are there.
+    """
+    from mmcontrast.data_prep.emoji import prepare
+
+    prepare(out, val=val, test=test, overwrite=overwrite)
+
+
+def prep_folder(
+    folder: Positional[Path], out: Positional[Path], val: float = 0.05, test: float = 0.1, overwrite: bool = False
+) -> None:
+    """A folder of pictures, each with a text file beside it or in a folder named after its class.
+
+    Args:
+        folder: where the pictures are, at any depth.
+        out: folder that gets train/, val/ and test/.
+        val: share of the captions for validation.
+        test: share of the captions for testing.
+        overwrite: replace shards that are there.
+    """
+    from mmcontrast.data_prep.folder import prepare
+
+    prepare(folder, out, val=val, test=test, overwrite=overwrite)
+
+
+def prep_table(
+    table: Positional[Path],
+    out: Positional[Path],
+    image_column: str = "image",
+    text_column: str = "text",
+    group_column: str | None = None,
+    val: float = 0.05,
+    test: float = 0.1,
+    overwrite: bool = False,
+) -> None:
+    """A CSV, TSV, JSON-lines or Parquet table of picture files and captions.
+
+    Args:
+        table: the file; picture paths are relative to its folder.
+        out: folder that gets train/, val/ and test/.
+        image_column: column with picture paths.
+        text_column: column with captions.
+        group_column: column whose equal values stay in one split, such as patient; by default the caption.
+        val: share of the groups for validation.
+        test: share of the groups for testing.
+        overwrite: replace shards that are there.
+    """
+    from mmcontrast.data_prep.table import prepare
+
+    prepare(
+        table,
+        out,
+        val=val,
+        test=test,
+        image_column=image_column,
+        text_column=text_column,
+        group_column=group_column,
+        overwrite=overwrite,
+    )
+
+
+def prep_index(folder: Positional[Path], overwrite: bool = False) -> None:
+    """Index and manifest for shards that others wrote, such as img2dataset.
+
+    Args:
+        folder: where the .tar files are.
+        overwrite: write the manifest again.
+    """
+    from mmcontrast.data_prep.index import prepare
+
+    prepare(folder, overwrite=overwrite)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`train RECIPE [--overrides]`: the recipe's own settings are the flags."""
+    from mmcontrast.recipe import load_recipe
+
+    if not arguments or arguments[0].startswith("-"):
+        tyro.cli(_train_usage, prog="mmcontrast train", args=list(arguments))
+        return
+    name, trust, rest = arguments[0], *_take_trust(arguments[1:])
+    recipe = load_recipe(name, trust)
+    config = tyro.cli(type(recipe), default=recipe, prog=f"mmcontrast train {name}", args=rest, description="")
+    trainer = config.build()
+    trainer.fit()
+    if trainer.is_main:
+        print(f"{config.out}: trained to step {config.steps}", file=sys.stderr)
+
+
+def _train_usage(recipe: Positional[str]) -> None:
+    """Train by a recipe. `mmcontrast train RECIPE --help` lists its settings, each of them a flag.
+
+    On several processes: torchrun --nproc_per_node N -m mmcontrast train RECIPE …
+
+    A run folder that is there already goes on from its newest checkpoint.
+
+    Args:
+        recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json. With `--trust MODULE`
+            a config.json may name classes of that module.
+    """
+
+
+def _take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `--trust MODULE` (any number) from the recipe's own flags."""
+    trust: list[str] = []
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--trust":
+            trust.append(next(waiting, ""))
+        elif argument.startswith("--trust="):
+            trust.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return trust, rest
+
+
+def evaluate(
+    model: Positional[Path],
+    data: Positional[tuple[str, ...]],
+    tasks: tuple[Literal["zero_shot", "retrieval"], ...] = ("zero_shot", "retrieval"),
+    label: str = "label",
+    templates: tuple[str, ...] = ("{c}",),
+    pair: tuple[str, str] = ("image", "text"),
+    group: str | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Ask a trained model questions about shards.
+
+    Args:
+        model: run folder, or one of its step-N folders.
+        data: folders with shards, globs or ranges; each is a data set of its own.
+        tasks: questions to ask.
+        label: metadata field with the class name, for zero_shot.
+        templates: prompts with {c} for the class name.
+        pair: the modalities of retrieval; the first one is what zero_shot classifies.
+        group: metadata field whose equal values are right answers to each other in retrieval.
+        json_file: also write the results here, one object per data set and task.
+        trust: modules whose classes the run's config may name.
+    """
+    from mmcontrast.eval.report import answer, as_table
+
+    results = answer(
+        model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust
+    )
+    print(as_table(results))
+    _write_json(json_file, results)
+
+
+def index_build(
+    model: Positional[Path],
+    shards: Positional[str],
+    out: Positional[Path],
+    modality: str = "image",
+    overwrite: bool = False,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Embed shards with a trained model and index them.
+
+    Args:
+        model: run folder, or one of its step-N folders.
+        shards: folder, glob or range.
+        out: the index folder.
+        modality: what to index.
+        overwrite: replace an index that is there.
+        json_file: also write the manifest here.
+        trust: modules whose classes the run's config may name.
+    """
+    from mmcontrast.eval.index import build_index
+
+    found = build_index(
+        model, [shards], out, modality=modality, overwrite=overwrite, trust=trust, progress=sys.stderr.isatty()
+    )
+    quality = found["quality"]
+    print(
+        f"{out}: {found['count']} vectors of {found['modality']}, {found['type']}; recall@10 against exact search "
+        f"{quality['recall_at_10']:.3f} on {quality['queries']:.0f} queries"
+    )
+    _write_json(json_file, found)
+
+
+def index_search(
+    index: Positional[Path],
+    queries: Positional[tuple[str, ...]],
+    modality: str = "text",
+    top: int = 5,
+    model: Path | None = None,
+    html: Path | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Search an index with texts or pictures.
+
+    Args:
+        index: what `index build` wrote.
+        queries: texts; or files, if the modality is not text.
+        modality: what the queries are.
+        top: answers per query.
+        model: where the model lies now, if it moved.
+        html: also write a page with the pictures.
+        json_file: also write the answers here.
+        trust: modules whose classes the run's config may name.
+    """
+    from mmcontrast.eval.index import Index
+    from mmcontrast.eval.report import search_page
+
+    opened = Index(index, model=model, trust=trust)
+    answers = opened.search(modality, queries, top=top)
+    for query, hits in zip(queries, answers, strict=True):
+        print(query)
+        for place, hit in enumerate(hits, 1):
+            print(f"  {place}. {hit.score:.3f}  {hit.key}  {hit.text or ''}")
+    if html is not None:
+        html.write_text(search_page(opened, queries, answers), "utf-8")
+        print(f"wrote {html}", file=sys.stderr)
+    _write_json(json_file, [{"query": q, "hits": [asdict(h) for h in hits]} for q, hits in zip(queries, answers, strict=True)])
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def _prep() -> None:
+    """Raw data -> shards with a manifest: emoji, folder, table, index."""
+
+
+def _index() -> None:
+    """Build and search an index: build, search."""
+
+
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "prep": {"emoji": prep_emoji, "folder": prep_folder, "table": prep_table, "index": prep_index},
+    "index": {"build": index_build, "search": index_search},
+}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "prep": _prep,
+    "train": _train_usage,
+    "eval": evaluate,
+    "index": _index,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Bad input ends with one line on standard error and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["train"] and words[1:]:
+            train(words[1:])
+        elif words and words[0] in GROUPS:
+            commands = GROUPS[words[0]]
+            tyro.extras.subcommand_cli_from_dict(
+                dict(commands), prog=f"mmcontrast {words[0]}", description=COMMANDS[words[0]].__doc__, args=words[1:] or ["--help"]
+            )
+        elif words == ["--version"]:
+            from mmcontrast import __version__
+
+            print(__version__)
+        else:
+            description = "Multimodal contrastive pretraining, zero-shot evaluation and retrieval."
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="mmcontrast", description=description, args=words or ["--help"]
+            )
+    except ConfigError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        os._exit(141)  # the reader of our output went away: nothing is wrong, and nothing can be said
+
+
+def fail(text: str, code: int = 2) -> None:
+    """One line on standard error, and out."""
+    print(f"mmcontrast: error: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,96 @@
+"""Bytes of a shard member -> a decoded value, per kind of modality. Formats are allow-listed and sizes bounded."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcontrast.shards import BadSample
+
+MAX_PIXELS = 64 << 20
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # never "every format Pillow knows": EPS would call Ghostscript
+
+
+def image(data: bytes) -> Tensor:
+    """JPEG, PNG or WebP -> uint8 [3, H, W] RGB; transparent parts become white.
+
+    Raises:
+        BadSample: not such a picture, cut off, or above `MAX_PIXELS`, which is checked before decoding.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise BadSample(f"image above {MAX_PIXELS >> 20} megapixels")
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                layer = picture.convert("RGBA")
+                flat = Image.new("RGBA", layer.size, "white")
+                flat.alpha_composite(layer)
+                rgb = flat.convert("RGB")
+            else:
+                rgb = picture.convert("RGB")
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow raises many kinds on damaged files; none may stop a run
+        raise BadSample(f"image cannot be decoded ({type(error).__name__})") from None
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def text(data: bytes) -> str:
+    """UTF-8 -> str without surrounding space.
+
+    Raises:
+        BadSample: not UTF-8, or empty.
+    """
+    try:
+        value = data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadSample("text is not UTF-8") from None
+    if not value:
+        raise BadSample("text is empty")
+    return value
+
+
+def metadata(data: bytes) -> Mapping[str, Any]:
+    """A JSON object.
+
+    Raises:
+        BadSample: something else.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise BadSample("json cannot be decoded") from None
+    if not isinstance(value, dict):
+        raise BadSample("json is not an object")
+    return cast(Mapping[str, Any], value)
+
+
+def image_from(value: Any) -> Tensor:
+    """A file's path, a file's bytes, a PIL image or a uint8 array [H, W, 3] -> uint8 [3, H, W]; tensors pass.
+
+    Raises:
+        BadSample: not a picture.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (str, Path)):
+        value = Path(value).read_bytes()
+    if isinstance(value, bytes):
+        return image(value)
+    array = np.array(value.convert("RGB") if hasattr(value, "convert") else value)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise BadSample(f"a picture must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+DECODERS: Mapping[str, Callable[[bytes], Any]] = {"image": image, "text": text}
+"""kind of modality -> decoder."""

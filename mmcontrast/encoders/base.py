@@ -1,0 +1,123 @@
+"""What an encoder is: one modality, from a decoded sample to a vector.
+
+Letters: B rows, C width of the tower, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmcontrast.config import ConfigError, Configurable
+
+
+class Transform:
+    """Decoded sample -> model input. It runs in loader workers, so it holds no weights."""
+
+    kind: str = ""
+    """Kind of modality (`mmcontrast.shards.FORMATS`): decides the decoder and the members that are read."""
+
+    def __call__(self, value: Any) -> Any:
+        """One decoded sample -> one model input."""
+        raise NotImplementedError
+
+    def collate(self, values: Sequence[Any]) -> Any:
+        """Model inputs of several samples -> a tensor or a mapping of tensors, [B, ...] each."""
+        return torch.stack(list(values))
+
+
+class Encoder(nn.Module, Configurable):
+    """One modality's tower.
+
+    An encoder must treat samples independently, since the gradient cache cuts batches at will. Batch norm therefore
+    always runs on stored statistics, which a tower has only if it was pretrained.
+
+    Attributes:
+        dim: C, the width of the pooled output.
+    """
+
+    kind: ClassVar[str]
+    dim: int
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """Settings that every encoder has."""
+
+        freeze: tuple[str, ...] = ()
+        """Prefixes of parameter names that do not train; "all" freezes the tower, which then also drops nothing out."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.frozen = "all" in config.freeze
+
+    def transform(self, *, train: bool) -> Transform:
+        """How this tower's samples are prepared; with augmentation in training."""
+        raise NotImplementedError
+
+    def example(self) -> Any:
+        """One valid input row, [1, ...]: stands in where a rank has no row of the modality."""
+        raise NotImplementedError
+
+    def forward(self, x: Any) -> tuple[Tensor, Tensor | None]:
+        """Inputs [B, ...] -> pooled [B, C], and tokens [B, T, C] where the tower has them."""
+        raise NotImplementedError
+
+    def save_assets(self, folder: Path) -> None:
+        """Write what, beside the weights, is needed to build this tower again without its origin."""
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Training mode for all but batch norm and frozen towers."""
+        super().train(mode and not self.frozen)
+        for layer in self.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+                layer.eval()
+        return self
+
+    def finish(self, config: Config, *, pretrained: bool) -> None:
+        """Last line of a subclass's `__init__`: apply `freeze`, and refuse batch norm without stored statistics.
+
+        Raises:
+            ConfigError: an untrained tower with batch norm, or a `freeze` prefix that no parameter has.
+        """
+        norms = [n for n, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # pyright: ignore[reportPrivateUsage]
+        if norms and not pretrained:
+            raise ConfigError(
+                f"{type(self).__name__} has batch norm ({norms[0]} and {len(norms) - 1} more), which mixes samples and "
+                "cannot be trained from scratch under a gradient cache: give pretrained weights, or a tower without it"
+            )
+        for prefix in config.freeze:
+            found = [p for n, p in self.named_parameters() if prefix == "all" or n.startswith(prefix)]
+            if not found:
+                names = sorted({n.rpartition(".")[0] for n, _ in self.named_parameters()})
+                raise ConfigError(f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …")
+            for parameter in found:
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors by name from a .safetensors file, or a torch file read without unpickling anything but tensors.
+
+    Raises:
+        ConfigError: not there, or not such a file.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no weights file {path!r}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read as weights: {error}") from None
+    if isinstance(found, dict) and "state_dict" in found:
+        found = cast(dict[str, Any], found)["state_dict"]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no tensors by name")
+    return cast(dict[str, Tensor], found)

@@ -1,0 +1,273 @@
+"""Image towers: a compact ViT of our own settings, any open_clip architecture, any timm model.
+
+Pictures cross the worker queue as uint8 [3, S, S] and are normalised here, on the device. Letters: B rows, S side,
+C width, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmcontrast.config import ConfigError, suggest
+from mmcontrast.decode import image_from
+from mmcontrast.encoders.base import Encoder, Transform, read_weights
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageTransform(Transform):
+    """Picture -> uint8 [3, S, S]: a random crop with changed colours in training, the centre otherwise."""
+
+    kind = "image"
+
+    def __init__(self, size: int, config: ImageEncoder.Config | None) -> None:
+        """`config` brings the augmentation; None is for evaluation."""
+        from torchvision.transforms import v2
+
+        self.size = size
+        # Antialiased bicubic on uint8 is PIL's within a level, and several times faster.
+        resize: Any = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+        self.steps: list[Any] = []
+        if config is None:
+            self.steps.append(v2.Resize([size, size], **resize))
+        else:
+            self.steps.append(v2.RandomResizedCrop(size, scale=config.crop_scale, **resize))
+            if config.color_jitter:
+                j = config.color_jitter
+                self.steps.append(v2.ColorJitter(brightness=j, contrast=j, saturation=j, hue=j / 4))
+            if config.grayscale:
+                self.steps.append(v2.RandomGrayscale(config.grayscale))
+        self.centre = config is None
+
+    def __call__(self, value: Any) -> Tensor:
+        """[3, H, W] uint8, or anything that `decode.image_from` takes."""
+        picture = image_from(value)
+        if self.centre:
+            height, width = picture.shape[1:]
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
+            picture = picture[:, top : top + side, left : left + side]
+        for step in self.steps:
+            picture = step(picture)
+        return picture
+
+
+class ImageEncoder(Encoder):
+    """Normalisation, augmentation and inputs that all image towers share."""
+
+    kind = "image"
+
+    @dataclass(kw_only=True)
+    class Config(Encoder.Config):
+        """Settings that every image tower has."""
+
+        crop_scale: tuple[float, float] = (0.9, 1.0)
+        """Share of the picture that a random training crop keeps, from and to."""
+        color_jitter: float = 0.0
+        """Largest relative change of brightness, contrast and saturation in training; a quarter of it for hue."""
+        grayscale: float = 0.0
+        """Share of the training pictures that lose their colour."""
+
+    def __init__(self, config: Config, *, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(config)
+        if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+            raise ConfigError(f"crop_scale {config.crop_scale} must rise within 0..1")
+        self.image_config, self.size = config, size
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None] * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None] * 255, persistent=False)
+
+    def transform(self, *, train: bool) -> ImageTransform:
+        """Augmentation in training, the centre square otherwise."""
+        return ImageTransform(self.size, self.image_config if train else None)
+
+    def example(self) -> Tensor:
+        """A black picture."""
+        return torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> the tower's range."""
+        return (x.to(self.mean.dtype) - self.mean) / self.std
+
+
+class ViT(ImageEncoder):
+    """A vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) of any size, from open_clip's parts."""
+
+    @dataclass(kw_only=True)
+    class Config(ImageEncoder.Config):
+        """Settings of the transformer."""
+
+        image_size: int = 224
+        """Side of the square input, in pixels."""
+        patch_size: int = 16
+        """Side of a patch; must divide image_size."""
+        width: int = 384
+        """C."""
+        layers: int = 12
+        """Blocks."""
+        heads: int = 6
+        """Attention heads; must divide width."""
+        mlp_ratio: float = 4.0
+        """Width of the hidden layer of a block, relative to width."""
+        patch_dropout: float = 0.0
+        """Share of the patches that are dropped in training."""
+
+    def __init__(self, config: Config, restore: Path | None = None) -> None:
+        super().__init__(config, size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+        if config.image_size % config.patch_size:
+            raise ConfigError(f"patch_size {config.patch_size} must divide image_size {config.image_size}")
+        if config.width % config.heads:
+            raise ConfigError(f"heads {config.heads} must divide width {config.width}")
+        from open_clip.transformer import VisionTransformer
+
+        self.tower = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            patch_dropout=config.patch_dropout,
+            output_dim=config.width,
+            output_tokens=True,
+        )
+        self.tower.proj = None  # the projection to the shared space is MultiEncoder's
+        self.dim = config.width
+        self.finish(config, pretrained=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [B, 3, S, S] -> [B, C], [B, T, C]."""
+        return self.tower(self.normalise(x))
+
+
+class OpenClipImage(ImageEncoder):
+    """The image tower of any open_clip architecture, its projection included."""
+
+    @dataclass(kw_only=True)
+    class Config(ImageEncoder.Config):
+        """Which architecture, from which weights."""
+
+        architecture: str
+        """open_clip's name, such as ViT-B-32."""
+        weights: str | None = None
+        """File with the weights of the whole open_clip model; None starts from scratch."""
+
+    def __init__(self, config: Config, restore: Path | None = None) -> None:
+        clip, preprocess = open_clip_model(config.architecture, None if restore else config.weights)
+        super().__init__(config, size=preprocess["size"], mean=preprocess["mean"], std=preprocess["std"])
+        self.tower = clip.visual
+        if hasattr(self.tower, "output_tokens"):
+            self.tower.output_tokens = True
+        with torch.no_grad():
+            self.dim = self._split(self.tower.eval()(self.normalise(self.example())))[0].shape[1]
+        self.finish(config, pretrained=bool(restore or config.weights))
+
+    @staticmethod
+    def _split(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return found if isinstance(found, tuple) else (found, None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [B, 3, S, S] -> [B, C], and [B, T, C] where the architecture gives tokens."""
+        return self._split(self.tower(self.normalise(x)))
+
+
+class TimmImage(ImageEncoder):
+    """Any timm model, pooled as timm pools it."""
+
+    @dataclass(kw_only=True)
+    class Config(ImageEncoder.Config):
+        """Which model, from which weights."""
+
+        model: str
+        """timm's name, such as convnext_tiny."""
+        weights: str | None = None
+        """File with the model's weights, its classifier allowed; None starts from scratch."""
+        image_size: int = 224
+        """Side of the square input, in pixels."""
+        channels_last: bool = True
+        """Memory order of the pictures; faster for convolutions."""
+
+    def __init__(self, config: Config, restore: Path | None = None) -> None:
+        import timm
+
+        if not timm.is_model(config.model):
+            raise ConfigError(f"timm has no model {config.model!r}{suggest(config.model, timm.list_models())[:400]}")
+        size: Any = {"img_size": config.image_size} if "vit" in config.model else {}
+        tower = timm.create_model(config.model, pretrained=False, num_classes=0, **size)
+        facts = tower.pretrained_cfg
+        super().__init__(config, size=config.image_size, mean=facts["mean"], std=facts["std"])
+        self.tower: Any = tower
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.tower.to(memory_format=self.layout)
+        if config.weights and not restore:
+            load_tower(self.tower, read_weights(config.weights), config.weights)
+        self.dim = tower.num_features
+        self.finish(config, pretrained=bool(restore or config.weights))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [B, 3, S, S] -> [B, C]; no tokens, since timm's maps differ by family."""
+        return self.tower(self.normalise(x).contiguous(memory_format=self.layout)), None
+
+
+def load_tower(tower: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
+    """Load weights by name; what the tower lacks (a classifier) is left, what the weights lack is an error.
+
+    Other packages name the tensors of the same architecture otherwise. If no name agrees, tensors are taken in order,
+    provided that every one agrees in its last name (weight, running_mean, …) and its shape.
+
+    Raises:
+        ConfigError: names the first missing or misshapen tensor.
+    """
+    # Counters of batch norm, which inference never reads; old files lack them.
+    wanted = {n: t for n, t in tower.state_dict().items() if not n.endswith("num_batches_tracked")}
+    if not wanted.keys() & weights.keys():
+        found = [n for n in weights if not n.endswith("num_batches_tracked")]
+        weights = {ours: weights[theirs] for ours, theirs in zip(wanted, found, strict=False) if _last(ours) == _last(theirs)}
+    for name, tensor in wanted.items():
+        if name not in weights:
+            raise ConfigError(f"{path} has no tensor {name!r}: it holds another model")
+        if weights[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{path}: {name!r} has shape {list(weights[name].shape)}, the tower needs {list(tensor.shape)}"
+            )
+    tower.load_state_dict({n: weights[n] for n in wanted}, strict=False)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def open_clip_model(
+    architecture: str, weights: str | None, *, custom_text: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """An open_clip model and its preprocessing {size, mean, std}; nothing is fetched from a hub.
+
+    With `custom_text` the text tower is a module of its own in every architecture.
+
+    Raises:
+        ConfigError: no such architecture, or weights that do not fit it.
+    """
+    import open_clip
+
+    if architecture not in open_clip.list_models():
+        known = open_clip.list_models()
+        raise ConfigError(f"open_clip has no architecture {architecture!r}{suggest(architecture, known)[:400]}")
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"there is no weights file {weights!r}")
+    try:
+        model = open_clip.create_model(
+            architecture, pretrained=weights, pretrained_text=False, force_custom_text=custom_text
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"{weights} does not fit {architecture}: {str(error).splitlines()[0]}") from None
+    found = cast(dict[str, Any], open_clip.get_model_preprocess_cfg(model))
+    size = found["size"]
+    return model, found | {"size": size if isinstance(size, int) else size[0]}

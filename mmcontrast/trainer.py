@@ -1,0 +1,430 @@
+"""The trainer: a recipe's settings -> a run folder. Reads top to bottom: set up, resume, step, report, save.
+
+Accelerate starts the processes and picks device and precision. Nothing random is saved: batches, augmentation and
+dropout are functions of (seed, step), so a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmcontrast.batch import Batch, MicroBatch
+from mmcontrast.cached import batch_coupled_layers, forward_backward
+from mmcontrast.checkpoint import (
+    Checkpoints,
+    load_optimizer,
+    names_of,
+    optimizer_tensors,
+    read_config,
+    read_state,
+    read_tensors,
+)
+from mmcontrast.config import ConfigError, Configurable, to_dict
+from mmcontrast.data.stream import Stream
+from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.objectives.base import Objective
+from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
+from mmcontrast.sharding import Result, World, value_and_grad
+
+_FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "micro_batch", "block")
+_FREE_DATA = ("workers", "timeout", "max_bad_fraction")
+
+
+class Evaluator(Protocol):
+    """A question asked of the model while it trains."""
+
+    def run(self, model: MultiEncoder) -> Mapping[str, float | None]:
+        """Name -> value."""
+        ...
+
+
+class Trainer(Configurable):
+    """Trains one model by one recipe."""
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """A whole run."""
+
+        model: MultiEncoder.Config
+        """Towers and shared space."""
+        data: Stream.Config
+        """Training shards."""
+        objectives: dict[str, Objective.Config]
+        """Name -> term of the loss."""
+        steps: int
+        """Optimizer steps."""
+        global_batch: int
+        """Samples per step over all ranks."""
+        out: Path = Path("runs/run")
+        """The run folder; a run that is there already goes on."""
+        micro_batch: int = 256
+        """Samples that a rank encodes at once; bounds activation memory and changes no gradient."""
+        block: int | None = 1024
+        """Anchors whose scores a rank holds at once; bounds the loss's memory and changes no gradient."""
+        optimizer: AdamW.Config = field(default_factory=AdamW.Config)
+        """Optimizer."""
+        schedule: Cosine.Config = field(default_factory=Cosine.Config)
+        """Learning rate over the steps."""
+        clip_norm: float | None = 1.0
+        """Largest global norm of the gradient; None does not clip."""
+        precision: Literal["fp32", "bf16"] = "fp32"
+        """Arithmetic of the towers; objectives always run in float32."""
+        seed: int = 0
+        """Of weights, order, augmentation and dropout."""
+        checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
+        """When to save."""
+        evaluators: dict[str, Configurable.Config] = field(default_factory=dict[str, Configurable.Config])
+        """Name -> question asked while training."""
+        eval_every: int | None = None
+        """Steps between evaluations; None evaluates at the end only."""
+        log_every: int = 10
+        """Steps between lines of metrics.jsonl."""
+        trackers: tuple[str, ...] = ()
+        """Trackers of Accelerate, such as tensorboard or wandb."""
+
+    def __init__(self, config: Config) -> None:
+        """Build model, objectives, stream and optimizer on every rank.
+
+        Raises:
+            ConfigError: settings that cannot be used, or processes that do not know each other.
+        """
+        from accelerate import Accelerator
+
+        _check(config)
+        self.config = config
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            log_with=list(config.trackers) or None,
+            project_dir=str(config.out),
+        )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.accelerator.num_processes:
+            raise ConfigError(
+                f"{launched} processes were launched but this one sees {self.accelerator.num_processes}: they would "
+                "train apart. Launch with `torchrun --nproc_per_node N -m mmcontrast train …`"
+            )
+        self.world = World()
+        self.device = self.accelerator.device
+        if config.global_batch % self.world.size:
+            raise ConfigError(
+                f"global_batch {config.global_batch} must be a multiple of the ranks ({self.world.size})"
+            )
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        self.model: MultiEncoder = config.model.build()
+        coupled = batch_coupled_layers(self.model.train())
+        if coupled:
+            raise ConfigError(f"the layer {coupled[0]} mixes samples, which micro-batches change; replace or freeze it")
+        self.objectives = nn.ModuleDict({n: o.build() for n, o in config.objectives.items()}).to(self.device)
+        for name, term in self.terms.items():
+            for modality in term.modalities:
+                if modality not in self.model.modalities:
+                    raise ConfigError(
+                        f"objective {name!r} reads the modality {modality!r}; the model has {', '.join(self.model.modalities)}"
+                    )
+        self.stream: Stream = config.data.build(
+            self.model.transforms(train=True),
+            seed=config.seed,
+            global_batch=config.global_batch,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+        self.wrapped: nn.Module = self.accelerator.prepare_model(self.model)
+        optimizer: AdamW = config.optimizer.build()
+        self.optimizer = optimizer.optimizer(self.model, self.objectives)
+        self.schedule: Cosine = config.schedule.build()
+        self.checkpoints: Checkpoints = config.checkpoint.build(config.out)
+        self.names = names_of(("model", self.model), ("objectives", self.objectives))
+        self.skipped: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def terms(self) -> dict[str, Objective]:
+        """Name -> objective."""
+        return {name: cast(Objective, term) for name, term in self.objectives.items()}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.world.rank == 0
+
+    # -------------------------------------------------------------------------------------------- the run
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last step, from the newest checkpoint if there is one; returns the last values.
+
+        Raises:
+            ConfigError: the run folder belongs to other settings or data, or too many samples are damaged.
+            FloatingPointError: the loss or a gradient is not finite; the weights are as before that step.
+        """
+        first = self._resume()
+        steps = self.config.steps
+        if self.is_main and first:
+            self._say(f"{self.config.out}: goes on at step {first} of {steps}")
+        if self.config.trackers:
+            self.accelerator.init_trackers("mmcontrast", config={"config": json.dumps(to_dict(self.config))})
+        values: dict[str, Any] = {}
+        report = _Report(self, first)
+        batches = self._waited(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"), report)
+        for step, batch in zip(range(first, steps), batches, strict=True):
+            values = self.step(step, batch.to(self.device))
+            report.after(step, batch, values)
+            if self._due(self.config.eval_every, step):
+                report.write(step + 1, self._evaluate(step))
+            if self._due(self.config.checkpoint.every, step):
+                self._save(step + 1)
+        report.close()
+        if self.config.trackers:
+            self.accelerator.end_training()
+        return {name: float(value) for name, value in values.items()}
+
+    def step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
+        """One optimizer step on this rank's batch."""
+        self.model.train()
+        result = forward_backward(
+            self._encode,
+            batch,
+            lambda z, present: self._loss(z, present, batch, step),
+            micro_batch=self.config.micro_batch,
+            seed=(self.config.seed, step),
+            first_row=self.world.rank * len(batch),
+            cotangent_scale=self.world.size,  # undoes DDP's averaging of gradients over ranks
+            no_sync=self._synced(False),
+            sync=self._synced(True),
+        )
+        norm = clip_gradients(self.names, self.config.clip_norm)
+        # The norm is of gradients that are equal on all ranks, so all of them stop or none does.
+        if not math.isfinite(float(norm)) or not math.isfinite(float(result.loss)):
+            raise FloatingPointError(
+                f"step {step}: loss {float(result.loss)}, gradient norm {float(norm)}; the weights are as before it. "
+                f"First samples of the batch on rank {self.world.rank}: {', '.join(batch.keys[:4])}"
+            )
+        rate = self.config.optimizer.lr * self.schedule.factor(step, self.config.steps)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        values: dict[str, Tensor | float] = {"loss": result.loss, "lr": rate, "grad_norm": norm}
+        for name, term in self.terms.items():
+            term.clamp()
+            values |= {f"{name}.{key}": value for key, value in term.metrics().items()}
+            if len(self.terms) > 1:
+                values[f"{name}.loss"] = result.terms[name]
+        return values
+
+    def _encode(self, piece: MicroBatch) -> Mapping[str, Tensor]:
+        return self.wrapped(piece.inputs)
+
+    def _loss(
+        self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int
+    ) -> Result:
+        return value_and_grad(
+            self.terms, z, present, batch.ids, groups=batch.groups, block=self.config.block, step=step, world=self.world
+        )
+
+    def _synced(self, on: bool) -> Callable[[], AbstractContextManager[None]]:
+        if self.world.size == 1:
+            return nullcontext
+        context = self.accelerator.trigger_sync_in_backward if on else self.accelerator.no_sync
+        return lambda: context(self.wrapped)
+
+    # -------------------------------------------------------------------------------------------- evaluation
+
+    def _due(self, every: int | None, step: int) -> bool:
+        last = step + 1 == self.config.steps
+        return last or (every is not None and (step + 1) % every == 0)
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.is_main:
+            for name, config in self.config.evaluators.items():
+                evaluator: Evaluator = config.build()
+                for key, value in evaluator.run(self.model).items():
+                    found[f"eval/{name}/{key}"] = value
+        self.accelerator.wait_for_everyone()
+        return found
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, step: int) -> None:
+        if self.is_main:
+            tensors = {
+                "model": self.model.state_dict(),
+                "objectives": self.objectives.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer, self.names),
+            }
+            self.checkpoints.save(step, tensors, {"stream": self.stream.state(), "ranks": self.world.size})
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Prepare or check the run folder, load the newest checkpoint, and return the step to go on with."""
+        out = self.config.out
+        newest: str | None = None
+        problem: str | None = None
+        if self.is_main:
+            try:
+                self._claim(out)
+                found = self.checkpoints.newest()
+                newest = str(found) if found else None
+            except (ConfigError, OSError) as error:
+                problem = str(error)
+        # Rank 0 looked; all go where it says, or stop together.
+        problem, newest = self.world.gather_objects((problem, newest))[0]
+        if problem:
+            raise ConfigError(problem)
+        if newest is None:
+            return 0
+        state = read_state(Path(newest))
+        for name, value in self.stream.state().items():
+            if state["stream"].get(name) != value:
+                raise ConfigError(
+                    f"{newest} was trained with {name} {state['stream'].get(name)!r}, now it is {value!r}; "
+                    "use the same data and settings, or another --out"
+                )
+        self.model.load_state_dict(read_tensors(Path(newest), "model"))
+        self.objectives.load_state_dict(read_tensors(Path(newest), "objectives"))
+        load_optimizer(self.optimizer, self.names, read_tensors(Path(newest), "optimizer"))
+        return int(state["step"])
+
+    def _claim(self, out: Path) -> None:
+        """Write config.json and the towers' assets, or check that the run in the folder has these settings."""
+        config = to_dict(self.config)
+        if (out / "config.json").exists():
+            changed = _differences(read_config(out), config)
+            if changed:
+                raise ConfigError(
+                    f"{out} holds a run with other settings: {'; '.join(changed[:3])}. "
+                    "Use those, or another --out"
+                )
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        self.model.save_assets(out / "assets")
+        temporary = out / "config.json.tmp"
+        temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        temporary.replace(out / "config.json")
+
+    # -------------------------------------------------------------------------------------------- reports
+
+    def _waited(self, batches: Iterator[Batch], report: _Report) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            report.waited += time.perf_counter() - started
+            yield batch
+
+    def count_skipped(self, seen: int) -> int:
+        """Damaged samples of all ranks so far.
+
+        Raises:
+            ConfigError: more of them than `max_bad_fraction` of those seen.
+        """
+        total: Counter[tuple[str, str]] = Counter()
+        for counter in self.world.gather_objects(self.skipped):
+            total.update(counter)
+        limit = self.config.data.max_bad_fraction
+        if total.total() > limit * max(seen, 1000):
+            (shard, reason), count = total.most_common(1)[0]
+            raise ConfigError(
+                f"{total.total()} of {seen} samples are damaged, more than max_bad_fraction {limit} allows; most often "
+                f"{shard}: {reason} ({count} times)"
+            )
+        return total.total()
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Report:
+    """Progress bar, metrics.jsonl and trackers; rates are of the time since the last line."""
+
+    def __init__(self, trainer: Trainer, first: int) -> None:
+        from tqdm import tqdm
+
+        self.trainer, self.config = trainer, trainer.config
+        self.waited = 0.0
+        self.since, self.started, self.first = time.perf_counter(), first, first
+        self.path = self.config.out / "metrics.jsonl"
+        if trainer.is_main and self.path.exists():  # lines behind the checkpoint will be written again
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        slow = None if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(
+            total=self.config.steps,
+            initial=first,
+            desc="train",
+            unit="step",
+            disable=not trainer.is_main,
+            mininterval=slow or 0.1,
+        )
+
+    def after(self, step: int, batch: Batch, values: Mapping[str, Tensor | float]) -> None:
+        """Count a step; write a line when one is due."""
+        for shard, _, reason in batch.skipped:
+            self.trainer.skipped[shard, reason] += 1
+        self.bar.update()
+        if (step + 1) % self.config.log_every and step + 1 != self.config.steps:
+            return
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        steps = step + 1 - self.started
+        line: dict[str, Any] = {name: float(value) for name, value in values.items()}
+        line["samples_per_second"] = steps * self.config.global_batch / elapsed
+        line["data_wait"] = self.waited / elapsed
+        line["skipped"] = self.trainer.count_skipped((step + 1 - self.first) * self.config.global_batch)
+        self.since, self.started, self.waited = time.perf_counter(), step + 1, 0.0
+        scales = {k.rpartition(".")[2]: f"{v:.1f}" for k, v in line.items() if k.endswith("scale")}
+        rate, wait = f"{line['samples_per_second']:.0f}/s", f"{line['data_wait']:.0%}"
+        self.bar.set_postfix({"loss": f"{line['loss']:.3f}", **scales, "samples": rate, "wait": wait})
+        self.write(step + 1, line)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to the trackers."""
+        if not values:
+            return
+        if self.trainer.is_main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.config.trackers:
+            self.trainer.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _check(config: Trainer.Config) -> None:
+    for name in ("steps", "global_batch", "micro_batch", "log_every"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("block", "eval_every"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1, or None")
+    if config.clip_norm is not None and config.clip_norm <= 0:
+        raise ConfigError(f"clip_norm is {config.clip_norm}; it must be above 0, or None")
+    if not config.objectives:
+        raise ConfigError("the recipe has no objectives: there is nothing to train on")
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """`field: old -> new` of every setting that differs, without those that change no result."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        before, after = cast(dict[str, Any], old), cast(dict[str, Any], new)
+        free = {"": _FREE, "data": _FREE_DATA}.get(where, ())
+        found: list[str] = []
+        for name in sorted(before.keys() | after.keys()):
+            if name not in free:
+                found += _differences(before.get(name), after.get(name), f"{where}.{name}".lstrip("."))
+        return found
+    return [] if old == new else [f"{where}: {old!r} there, {new!r} now"]
