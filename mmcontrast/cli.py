@@ -178,6 +178,8 @@ def evaluate(
     """
     from mmcontrast.eval.report import answer, as_table
 
+    if not data or not tasks:
+        raise ConfigError("eval needs at least one data set and one task: mmcontrast eval MODEL DATA…")
     results = answer(
         model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust
     )
@@ -243,6 +245,8 @@ def index_search(
     from mmcontrast.eval.index import Index
     from mmcontrast.eval.report import search_page
 
+    if not queries:
+        raise ConfigError("search needs at least one query: mmcontrast index search INDEX QUERY…")
     opened = Index(index, model=model, trust=trust)
     answers = opened.search(modality, queries, top=top)
     for query, hits in zip(queries, answers, strict=True):

