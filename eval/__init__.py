@@ -1,1 +1,1 @@
-"""Questions asked of a model, one file each: zero-shot classification, retrieval; and the index built from it."""
+"""Questions asked of a model, one file each: zero-shot classification, retrieval; and the index."""

@@ -14,7 +14,7 @@ from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError
 from mmcontrast.data.stream import Example, Reader
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.shards import BadSample, open_shards
+from mmcontrast.shards import FORMATS, BadSample, open_shards
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Embedded:
 
     def paired(self, x: str, y: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that have both modalities, and both embeddings of them: [p], [p, D], [p, D]."""
+        for modality in (x, y):
+            if modality not in self.rows:
+                return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), torch.zeros(0, 0)
         both = self.rows[x][torch.isin(self.rows[x], self.rows[y])]
         z = [self.z[m][torch.searchsorted(self.rows[m], both)] for m in (x, y)]
         return both, z[0], z[1]
@@ -118,6 +121,20 @@ def embed(
         fingerprint=opened.fingerprint,
         reader=reader,
     )
+
+
+def has(shards: Sequence[str], model: MultiEncoder, modality: str) -> bool:
+    """Whether any sample of the shards has the modality.
+
+    Raises:
+        ConfigError: shards that cannot be opened, or a modality that the model does not have.
+    """
+    return any(open_shards(shards).counts.get(e) for e in FORMATS[model.encoder(modality).kind])
+
+
+def fields_of(meta: Sequence[Mapping[str, Any]]) -> str:
+    """Names of the metadata fields, for messages."""
+    return ", ".join(sorted({name for m in meta[:100] for name in m})) or "none"
 
 
 def _watched(loader: Any, total: int, progress: bool) -> Iterator[tuple[Batch, list[Example]]]:

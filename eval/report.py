@@ -1,8 +1,9 @@
-"""Answers for people: results as a table or as CLIP_benchmark's JSON, search results as a page with pictures."""
+"""Answers for people: results as a table or CLIP_benchmark's JSON, search results as a page with pictures."""
 
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from mmcontrast.checkpoint import find_checkpoint, load
 from mmcontrast.config import ConfigError
-from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embed import embed, has
 from mmcontrast.eval.index import Hit, Index
 from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
 from mmcontrast.eval.zero_shot import ZeroShot
@@ -31,8 +32,8 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Every task on every data set, each embedded once; objects with CLIP_benchmark's keys.
 
-    A task that a data set cannot answer (no labels, say) is left out if the other one can; if none can, that is an
-    error.
+    A task that a data set cannot answer (no labels, say) is left out if the other one can; if none can, that
+    is an error.
 
     Raises:
         ConfigError: a model or shards that cannot be read, or a data set that answers no task.
@@ -42,9 +43,16 @@ def answer(
     results: list[dict[str, Any]] = []
     for dataset in datasets:
         needed = pair if "retrieval" in tasks else pair[:1]
-        zero_shot = ZeroShot.Config(data=(dataset,), modality=pair[0], label=label, templates=tuple(templates))
+        zero_shot = ZeroShot.Config(
+            data=(dataset,),
+            modality=pair[0],
+            prompt_modality=pair[1],
+            label=label,
+            templates=tuple(templates),
+        )
         retrieval = Retrieval.Config(data=(dataset,), pair=pair, group=group)
-        data = embed(model, [dataset], modalities=needed)
+        # Without those that no sample has: pictures with labels alone can still be classified.
+        data = embed(model, [dataset], modalities=[m for m in needed if has([dataset], model, m)] or needed)
         problems: list[str] = []
         for task in tasks:
             try:
@@ -69,7 +77,7 @@ def answer(
         if len(problems) == len(tasks):
             raise ConfigError("; ".join(problems))
         for problem in problems:
-            print(problem)
+            print(problem, file=sys.stderr)
     return results
 
 
@@ -79,7 +87,9 @@ def as_table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         lines.append(f"{result['dataset']}  {result['task']}")
         for name, value in result["metrics"].items():
-            if not name.endswith(("_low", "_high")) and not name.startswith(("image_retrieval", "text_retrieval")):
+            if not name.endswith(("_low", "_high")) and not name.startswith(
+                ("image_retrieval", "text_retrieval")
+            ):
                 low, high = (result["metrics"].get(f"{name}_{end}") for end in ("low", "high"))
                 interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
                 lines.append(f"  {name:32s} {_number(value)}{interval}")
@@ -98,7 +108,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
 .facts { color: GrayText; font-size: .9rem; }
 .hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; padding: 0; }
-.hits li { list-style: none; border: 1px solid #8884; border-radius: .5rem; padding: .6rem; break-inside: avoid; }
+.hits li { list-style: none; border: 1px solid #8884; border-radius: .5rem; padding: .6rem; }
 .hits img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff; border-radius: .3rem; }
 .none { display: grid; place-items: center; aspect-ratio: 1; color: GrayText; }
 .score { font-variant-numeric: tabular-nums; color: GrayText; font-size: .85rem; }

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import Embedded, embed, fields_of
 from mmcontrast.eval.statistics import bootstrap, chance_recall
 
 
 class Retrieval(Configurable):
-    """Recall@k from one modality to another and back (as Karpathy and Fei-Fei 2015, arXiv:1412.2306, sec. 4.1)."""
+    """Recall@k from one modality to another and back (Karpathy and Fei-Fei 2015, arXiv:1412.2306, 4.1)."""
 
     @dataclass(kw_only=True)
     class Config(Configurable.Config):
@@ -46,11 +46,11 @@ class Retrieval(Configurable):
     def score(self, data: Embedded) -> dict[str, float | None]:
         """`x_to_y_recall@k` both ways with 95 % intervals at the largest k, `chance@k`, and the median rank.
 
-        Samples with the same text, or the same `group`, are right answers to each other. A wrong candidate that
-        ties with the best right one stands before it, so equal embeddings do not score.
+        Samples with the same text, or the same `group`, are right answers to each other. A wrong candidate
+        that ties with the best right one stands before it, so equal embeddings do not score.
 
         Raises:
-            ConfigError: no sample has both modalities.
+            ConfigError: no sample has both modalities, or none has the group.
         """
         x, y = self.config.pair
         rows, zx, zy = data.paired(x, y)
@@ -74,10 +74,15 @@ class Retrieval(Configurable):
         numbers: dict[str, int] = {}
         labels: list[int] = []
         texts = [m for m in self.config.pair if data.reader.transforms[m].kind == "text"]
+        group = self.config.group
+        if group is not None and all(data.meta[row].get(group) is None for row in rows.tolist()):
+            raise ConfigError(
+                f"no sample has the group {group!r} in its metadata; fields: {fields_of(data.meta)}"
+            )
         for row in rows.tolist():
             own = f"row {row}"
-            if self.config.group is not None:
-                value = data.meta[row].get(self.config.group)
+            if group is not None:
+                value = data.meta[row].get(group)
                 own = own if value is None else f"group {value}"
             elif texts:
                 own = f"text {data.reader.raw(int(data.positions[row]), texts[0])}"
@@ -86,13 +91,14 @@ class Retrieval(Configurable):
 
 
 def best_ranks(queries: Tensor, candidates: Tensor, labels: Tensor, *, chunk: int = 1024) -> Tensor:
-    """[n]: how many wrong candidates stand before the best right one; never holds more than [chunk, n] scores."""
+    """[n]: how many wrong candidates stand before the best right one; holds [chunk, n] scores at most."""
     ranks: list[Tensor] = []
     for start in range(0, len(queries), chunk):
         scores = queries[start : start + chunk] @ candidates.T
         right = labels[start : start + chunk, None] == labels
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((scores >= best) & ~right).sum(1))
+        # "not below" instead of "at least": an embedding that is not a number must not win.
+        ranks.append((~(scores < best) & ~right).sum(1))
     return torch.cat(ranks)
 
 

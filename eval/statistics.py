@@ -9,7 +9,7 @@ from mmcontrast.randomness import fold_seed
 
 
 def bootstrap(values: ArrayLike, *, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` [n] over resampled items (Efron 1979); the same on every call."""
+    """Percentile interval of the mean of `values` [n] over resampled items (Efron 1979); always the same."""
     items = np.asarray(values, dtype=np.float64)
     rng = np.random.Generator(np.random.Philox(key=fold_seed("bootstrap", len(items))))
     means = np.array([items[rng.integers(0, len(items), len(items))].mean() for _ in range(resamples)])

@@ -5,16 +5,15 @@ Letters: n samples, C classes, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import Embedded, embed, fields_of
 from mmcontrast.eval.statistics import bootstrap
 
 
@@ -49,24 +48,31 @@ class ZeroShot(Configurable):
         return self.score(model, embed(model, self.config.data, modalities=[self.config.modality]))
 
     def score(self, model: MultiEncoder, data: Embedded) -> dict[str, float | None]:
-        """acc1, acc5 (null below five classes) and mean_per_class_recall, with chance, counts and a 95 % interval.
+        """acc1, acc5 (null below five classes) and mean_per_class_recall, chance, counts and a 95 % interval.
 
         A class name that ties with the right one counts as wrong, so equal embeddings do not score.
 
         Raises:
-            ConfigError: no sample carries a label.
+            ConfigError: no sample has the modality, or none carries a label.
         """
         c = self.config
+        if c.modality not in data.rows:
+            raise ConfigError(f"no sample has the modality {c.modality!r}: there is nothing to classify")
         names = [data.meta[int(row)].get(c.label) for row in data.rows[c.modality]]
         labelled = [i for i, name in enumerate(names) if name is not None]
         if not labelled:
-            raise ConfigError(f"no sample has the label {c.label!r} in its metadata; fields: {_fields(data.meta)}")
+            raise ConfigError(
+                f"no sample has the label {c.label!r} in its metadata; fields: {fields_of(data.meta)}"
+            )
         classes = sorted({str(names[i]) for i in labelled})
         number = {name: k for k, name in enumerate(classes)}
         truth = torch.tensor([number[str(names[i])] for i in labelled])
-        scores = data.z[c.modality][labelled] @ class_embeddings(model, c.prompt_modality, classes, c.templates).T
+        scores = (
+            data.z[c.modality][labelled] @ class_embeddings(model, c.prompt_modality, classes, c.templates).T
+        )
         right = scores.gather(1, truth[:, None])
-        rank = (scores >= right).sum(1) - 1  # how many other classes are at least as near
+        # How many other classes are not less near; so written, a score that is not a number never wins.
+        rank = (~(scores < right)).sum(1) - 1
         hit1, hit5 = (rank < 1).double(), (rank < 5).double()
         per_class = torch.stack([hit1[truth == k].mean() for k in range(len(classes))])
         low, high = bootstrap(hit1)
@@ -89,7 +95,3 @@ def class_embeddings(
     prompts = [template.replace("{c}", name) for name in classes for template in templates]
     z = model.encode(modality, prompts).view(len(classes), len(templates), -1).mean(1)
     return torch.nn.functional.normalize(z, dim=-1)
-
-
-def _fields(meta: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(sorted({name for m in meta[:100] for name in m})) or "none"

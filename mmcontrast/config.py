@@ -6,18 +6,21 @@
             width: int = 192
         def __init__(self, config: Config): ...
 
-`Encoder.Config(width=64).build()` makes the object. `to_dict` and `from_dict` carry a tree through JSON; each node
-names the class it configures, and only classes of this package, or of modules that the caller trusts, are built.
+`Encoder.Config(width=64).build()` makes the object. `to_dict` and `from_dict` carry a tree through JSON; each
+node names the class it configures, and only classes of this package, or of modules that the caller trusts,
+are built.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import math
+import sys
 import types
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -47,7 +50,7 @@ class Configurable:
         super().__init_subclass__(**kwargs)
         config = cls.__dict__.get("Config")
         if config is None:
-            # A class that inherits its settings still needs a Config of its own: build() must make this class.
+            # A class that inherits its settings still needs its own Config: build() must make this class.
             config = dataclass(kw_only=True)(type("Config", (cls.Config,), {"__module__": cls.__module__}))
             config.__qualname__ = f"{cls.__qualname__}.Config"
             config.__doc__ = cls.Config.__doc__
@@ -76,12 +79,17 @@ def to_dict(value: Any) -> Any:
         head = {CLASS_KEY: class_path(value.owner)}
         return head | {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if is_dataclass(value):
-        raise ConfigError(f"{type(value).__qualname__} is a plain dataclass: derive it from Configurable.Config")
+        raise ConfigError(
+            f"{type(value).__qualname__} is a plain dataclass: derive it from Configurable.Config"
+        )
     if isinstance(value, Mapping):
-        return {str(k): to_dict(v) for k, v in cast(Mapping[Any, Any], value).items()}
+        items = cast(Mapping[Any, Any], value)
+        if not all(isinstance(k, str) for k in items):
+            raise ConfigError(f"the keys of a setting must be str, got {list(items)!r}")
+        return {k: to_dict(v) for k, v in items.items()}
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [to_dict(v) for v in cast(Sequence[Any], value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"a setting is {value}, which JSON cannot hold; use a finite number or None")
@@ -91,41 +99,86 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(data: Any, *, trust: Collection[str] = (), where: str = "config") -> Any:
-    """Rebuild a config tree. Only this package's classes are imported, and those of the modules named in `trust`.
+    """Rebuild a config tree.
+
+    Args:
+        data: what `to_dict` made.
+        trust: modules, by name or by .py file, whose classes may be named beside this package's; nothing else
+            is imported.
+        where: what errors call the place of `data`.
 
     Raises:
-        ConfigError: an untrusted or unknown class, an unknown, missing or wrongly typed field; names the place.
+        ConfigError: an untrusted or unknown class, an unknown, missing or wrongly typed field; says where.
     """
     if not isinstance(data, Mapping) or CLASS_KEY not in data:
-        raise ConfigError(f"{where}: expected an object with the key {CLASS_KEY!r}")
+        raise ConfigError(f"{where}: expected an object with the key {CLASS_KEY!r}, got {data!r:.100}")
     items = dict(cast(Mapping[str, Any], data))
     config_class = _find_class(str(items.pop(CLASS_KEY)), trust, where)
     hints = get_type_hints(config_class)
     known = {f.name: f for f in fields(config_class)}
     for name in items:
         if name not in known:
-            raise ConfigError(f"{where}: {class_path(config_class)} has no field {name!r}{suggest(name, known)}")
-    values = {
-        name: _convert(value, hints[name], trust=trust, where=f"{where}.{name}") for name, value in items.items()
-    }
-    try:
-        return config_class(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(
+                f"{where}: {class_path(config_class)} has no field {name!r}{suggest(name, known)}"
+            )
+    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [n for n in needed if n not in items]:
+        raise ConfigError(f"{where}: {class_path(config_class)} needs {', '.join(map(repr, missing))}")
+    return config_class(
+        **{n: _convert(v, hints[n], trust=trust, where=f"{where}.{n}") for n, v in items.items()}
+    )
+
+
+def import_file(path: Path) -> types.ModuleType:
+    """Run a .py file as the module of its name, which loader workers and `from_dict` then find again.
+
+    Raises:
+        ConfigError: no such file, or its name is another module's.
+    """
+    name, path = path.stem, path.resolve()
+    if not path.is_file():
+        raise ConfigError(f"there is no file {str(path)!r}")
+    if "." in name:
+        raise ConfigError(f"{path.name} cannot be imported: rename it without the dots in {name!r}")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    importlib.invalidate_caches()  # the file may be younger than the last look at its folder
+    loaded = sys.modules.get(name)
+    spec = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
+    # A recipe called torch.py would otherwise stand in for torch in every later import.
+    if spec is None or spec.origin != str(path):
+        raise ConfigError(f"{path.name} has the name of another module, {name!r}; rename the file")
+    return loaded or importlib.import_module(name)
+
+
+def _is_own(module: str) -> bool:
+    """Whether a module ships with this package.
+
+    The first name alone does not tell: in a checkout `mmcontrast.runs.x` would be a file of a run beside it.
+    """
+    top, _, rest = module.partition(".")
+    part = rest.partition(".")[0]
+    here = Path(__file__).parent
+    parts = {"eval", "data_prep", "recipes", *(p.stem for p in here.iterdir())}
+    return top == "mmcontrast" and (not rest or part in parts)
 
 
 def _find_class(path: str, trust: Collection[str], where: str) -> type[Any]:
     module, _, name = path.partition(":")
-    if module.partition(".")[0] != "mmcontrast" and module not in trust:
+    files = [Path(t) for t in trust if t.endswith(".py") and Path(t).stem == module]
+    if not (_is_own(module) or module in trust or files):
         raise ConfigError(
-            f"{where}: {path!r} is not a class of mmcontrast; if you trust the file that defines it, name it with --trust"
+            f"{where}: {path!r} is not a class of mmcontrast; if you trust the module or .py file that "
+            "defines it, name it with --trust"
         )
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = import_file(files[0]) if files else importlib.import_module(module)
         for part in name.split("."):
             found = found.__dict__[part]
-    except (ImportError, KeyError, AttributeError):
+    except (KeyError, AttributeError):
         raise ConfigError(f"{where}: there is no class {path!r}") from None
+    except ImportError as error:
+        raise ConfigError(f"{where}: there is no class {path!r}: {error}") from None
     # Checked on the class, not by calling it: a foreign file must not be able to name any other callable.
     if not (isinstance(found, type) and issubclass(found, Configurable)):
         raise ConfigError(f"{where}: {path!r} is not a Configurable class")
@@ -143,9 +196,9 @@ def _convert(value: Any, hint: Any, *, trust: Collection[str], where: str) -> An
                 return _convert(value, option, trust=trust, where=where)
             except ConfigError as error:
                 errors.append(str(error))
-        raise ConfigError(errors[0])
+        raise ConfigError("; or ".join(dict.fromkeys(errors)))
     if origin is Literal:
-        if value not in args:
+        if not any(value == a and type(value) is type(a) for a in args):
             raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(repr, args))}")
         return value
     if isinstance(hint, type) and issubclass(hint, Configurable.Config):
@@ -183,7 +236,13 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value}")
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (isinstance(value, bool) and hint is not bool)
+    ):
         return value
     name = getattr(hint, "__name__", str(hint))
     raise ConfigError(f"{where}: expected {name}, got {value!r}")

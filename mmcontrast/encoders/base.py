@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from mmcontrast.config import ConfigError, Configurable
 
@@ -34,8 +35,8 @@ class Transform:
 class Encoder(nn.Module, Configurable):
     """One modality's tower.
 
-    An encoder must treat samples independently, since the gradient cache cuts batches at will. Batch norm therefore
-    always runs on stored statistics, which a tower has only if it was pretrained.
+    An encoder must treat samples independently, since the gradient cache cuts batches at will. Batch norm
+    therefore always runs on stored statistics, which a tower has only if it was pretrained.
 
     Attributes:
         dim: C, the width of the pooled output.
@@ -49,7 +50,7 @@ class Encoder(nn.Module, Configurable):
         """Settings that every encoder has."""
 
         freeze: tuple[str, ...] = ()
-        """Prefixes of parameter names that do not train; "all" freezes the tower, which then also drops nothing out."""
+        """Prefixes of parameter names that do not train; "all" also stops its dropout."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -74,27 +75,30 @@ class Encoder(nn.Module, Configurable):
         """Training mode for all but batch norm and frozen towers."""
         super().train(mode and not self.frozen)
         for layer in self.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+            if isinstance(layer, _BatchNorm):
                 layer.eval()
         return self
 
     def finish(self, config: Config, *, pretrained: bool) -> None:
-        """Last line of a subclass's `__init__`: apply `freeze`, and refuse batch norm without stored statistics.
+        """Last line of a subclass's `__init__`: apply `freeze`, refuse batch norm without stored statistics.
 
         Raises:
             ConfigError: an untrained tower with batch norm, or a `freeze` prefix that no parameter has.
         """
-        norms = [n for n, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # pyright: ignore[reportPrivateUsage]
+        norms = [name for name, layer in self.named_modules() if isinstance(layer, _BatchNorm)]
         if norms and not pretrained:
             raise ConfigError(
-                f"{type(self).__name__} has batch norm ({norms[0]} and {len(norms) - 1} more), which mixes samples and "
-                "cannot be trained from scratch under a gradient cache: give pretrained weights, or a tower without it"
+                f"{type(self).__name__} has batch norm ({norms[0]} and {len(norms) - 1} more): it mixes "
+                "samples and cannot be trained from scratch under a gradient cache: give pretrained weights, or a "
+                "tower without it"
             )
         for prefix in config.freeze:
             found = [p for n, p in self.named_parameters() if prefix == "all" or n.startswith(prefix)]
             if not found:
                 names = sorted({n.rpartition(".")[0] for n, _ in self.named_parameters()})
-                raise ConfigError(f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …")
+                raise ConfigError(
+                    f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …"
+                )
             for parameter in found:
                 parameter.requires_grad_(False)
         self.train(self.training)
@@ -118,6 +122,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise ConfigError(f"{path} cannot be read as weights: {error}") from None
     if isinstance(found, dict) and "state_dict" in found:
         found = cast(dict[str, Any], found)["state_dict"]
-    if not isinstance(found, dict):
+    items = cast(dict[Any, Any], found) if isinstance(found, dict) else {}
+    tensors = {name: t for name, t in items.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if not tensors:
         raise ConfigError(f"{path} holds no tensors by name")
-    return cast(dict[str, Tensor], found)
+    return tensors

@@ -1,7 +1,7 @@
 """Image towers: a compact ViT of our own settings, any open_clip architecture, any timm model.
 
-Pictures cross the worker queue as uint8 [3, S, S] and are normalised here, on the device. Letters: B rows, S side,
-C width, T tokens.
+Pictures cross the worker queue as uint8 [3, S, S] and are normalised here, on the device. Letters: B rows, S
+side, C width, T tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ImageTransform(Transform):
             self.steps.append(v2.RandomResizedCrop(size, scale=config.crop_scale, **resize))
             if config.color_jitter:
                 j = config.color_jitter
-                self.steps.append(v2.ColorJitter(brightness=j, contrast=j, saturation=j, hue=j / 4))
+                self.steps.append(v2.ColorJitter(brightness=j, contrast=j, saturation=j))
             if config.grayscale:
                 self.steps.append(v2.RandomGrayscale(config.grayscale))
         self.centre = config is None
@@ -71,7 +71,7 @@ class ImageEncoder(Encoder):
         crop_scale: tuple[float, float] = (0.9, 1.0)
         """Share of the picture that a random training crop keeps, from and to."""
         color_jitter: float = 0.0
-        """Largest relative change of brightness, contrast and saturation in training; a quarter of it for hue."""
+        """Largest relative change of brightness, contrast and saturation in training."""
         grayscale: float = 0.0
         """Share of the training pictures that lose their colour."""
 
@@ -99,7 +99,7 @@ class ImageEncoder(Encoder):
 
 
 class ViT(ImageEncoder):
-    """A vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) of any size, from open_clip's parts."""
+    """A vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) of any size, by open_clip."""
 
     @dataclass(kw_only=True)
     class Config(ImageEncoder.Config):
@@ -159,10 +159,15 @@ class OpenClipImage(ImageEncoder):
         """open_clip's name, such as ViT-B-32."""
         weights: str | None = None
         """File with the weights of the whole open_clip model; None starts from scratch."""
+        mean: tuple[float, float, float] | None = None
+        """Mean colour (0..1) that the weights were trained with (SigLIP: 0.5); None takes CLIP's."""
+        std: tuple[float, float, float] | None = None
+        """Deviation of the colours (0..1); None takes CLIP's."""
 
     def __init__(self, config: Config, restore: Path | None = None) -> None:
         clip, preprocess = open_clip_model(config.architecture, None if restore else config.weights)
-        super().__init__(config, size=preprocess["size"], mean=preprocess["mean"], std=preprocess["std"])
+        mean, std = config.mean or preprocess["mean"], config.std or preprocess["std"]
+        super().__init__(config, size=preprocess["size"], mean=mean, std=std)
         self.tower = clip.visual
         if hasattr(self.tower, "output_tokens"):
             self.tower.output_tokens = True
@@ -199,8 +204,12 @@ class TimmImage(ImageEncoder):
         import timm
 
         if not timm.is_model(config.model):
-            raise ConfigError(f"timm has no model {config.model!r}{suggest(config.model, timm.list_models())[:400]}")
-        size: Any = {"img_size": config.image_size} if "vit" in config.model else {}
+            raise ConfigError(
+                f"timm has no model {config.model!r}{suggest(config.model, timm.list_models())[:400]}"
+            )
+        known = timm.get_pretrained_cfg(config.model)
+        # Towers with position embeddings are built for one size; the others have no such argument.
+        size: Any = {"img_size": config.image_size} if known and known.fixed_input_size else {}
         tower = timm.create_model(config.model, pretrained=False, num_classes=0, **size)
         facts = tower.pretrained_cfg
         super().__init__(config, size=config.image_size, mean=facts["mean"], std=facts["std"])
@@ -209,7 +218,9 @@ class TimmImage(ImageEncoder):
         self.tower.to(memory_format=self.layout)
         if config.weights and not restore:
             load_tower(self.tower, read_weights(config.weights), config.weights)
-        self.dim = tower.num_features
+        with torch.no_grad():  # asked, not read off: in some families the pooled width is not `num_features`
+            self.tower.eval()
+            self.dim = self.forward(self.example())[0].shape[1]
         self.finish(config, pretrained=bool(restore or config.weights))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -220,8 +231,8 @@ class TimmImage(ImageEncoder):
 def load_tower(tower: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
     """Load weights by name; what the tower lacks (a classifier) is left, what the weights lack is an error.
 
-    Other packages name the tensors of the same architecture otherwise. If no name agrees, tensors are taken in order,
-    provided that every one agrees in its last name (weight, running_mean, …) and its shape.
+    Other packages name the tensors of the same architecture otherwise. If no name agrees, tensors are taken
+    in order, provided that every one agrees in its last name (weight, running_mean, …) and its shape.
 
     Raises:
         ConfigError: names the first missing or misshapen tensor.
@@ -230,13 +241,14 @@ def load_tower(tower: nn.Module, weights: Mapping[str, Tensor], path: str) -> No
     wanted = {n: t for n, t in tower.state_dict().items() if not n.endswith("num_batches_tracked")}
     if not wanted.keys() & weights.keys():
         found = [n for n in weights if not n.endswith("num_batches_tracked")]
-        weights = {ours: weights[theirs] for ours, theirs in zip(wanted, found, strict=False) if _last(ours) == _last(theirs)}
+        pairs = zip(wanted, found, strict=False)
+        weights = {ours: weights[theirs] for ours, theirs in pairs if _last(ours) == _last(theirs)}
     for name, tensor in wanted.items():
         if name not in weights:
             raise ConfigError(f"{path} has no tensor {name!r}: it holds another model")
         if weights[name].shape != tensor.shape:
             raise ConfigError(
-                f"{path}: {name!r} has shape {list(weights[name].shape)}, the tower needs {list(tensor.shape)}"
+                f"{path}: {name!r} has shape {list(weights[name].shape)}, not {list(tensor.shape)}"
             )
     tower.load_state_dict({n: weights[n] for n in wanted}, strict=False)
 
@@ -257,17 +269,28 @@ def open_clip_model(
     """
     import open_clip
 
+    # Not left to open_clip: it would take `hf-hub:…` for an architecture and a known tag for a file.
     if architecture not in open_clip.list_models():
         known = open_clip.list_models()
-        raise ConfigError(f"open_clip has no architecture {architecture!r}{suggest(architecture, known)[:400]}")
+        raise ConfigError(
+            f"open_clip has no architecture {architecture!r}{suggest(architecture, known)[:400]}"
+        )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(f"there is no weights file {weights!r}")
     try:
         model = open_clip.create_model(
             architecture, pretrained=weights, pretrained_text=False, force_custom_text=custom_text
         )
-    except RuntimeError as error:
-        raise ConfigError(f"{weights} does not fit {architecture}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of torch, safetensors, pickle or the hub, by what is wrong
+        raise ConfigError(
+            f"open_clip cannot make {architecture}{f' with {weights}' if weights else ''}: {_reason(error)}"
+        ) from None
     found = cast(dict[str, Any], open_clip.get_model_preprocess_cfg(model))
     size = found["size"]
     return model, found | {"size": size if isinstance(size, int) else size[0]}
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that names a tensor, or the first one; torch lists every tensor of a model."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if '"' in line or "size mismatch" in line), lines[0])[:200]

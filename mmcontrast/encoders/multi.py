@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from mmcontrast.batch import map_tensors
 from mmcontrast.config import ConfigError, Configurable, suggest
 from mmcontrast.encoders.base import Encoder, Transform
+from mmcontrast.shards import BadSample
 
 
 class MultiEncoder(nn.Module, Configurable):
     """Towers by modality name, and their projections to D dimensions.
 
-    All encoding goes through `forward`, which wrappers such as DDP need, and always runs every tower: a modality that
-    no row has is encoded from one dummy row and comes out as [0, D], so that no rank waits for another's collective.
+    All encoding goes through `forward`, which wrappers such as DDP need, and always runs every tower: a
+    modality that no row has is encoded from one dummy row and comes out as [0, D], so that no rank waits for
+    another's collective.
     """
 
     @dataclass(kw_only=True)
@@ -42,8 +44,10 @@ class MultiEncoder(nn.Module, Configurable):
         self.encoders = nn.ModuleDict()
         self.projections = nn.ModuleDict()
         for name, settings in config.encoders.items():
-            if not name.isidentifier():
-                raise ConfigError(f"the modality name {name!r} must be an identifier such as image or chest_xray")
+            if not name.isidentifier() or hasattr(self.encoders, name):  # such as `type`: torch refuses it
+                raise ConfigError(
+                    f"the modality name {name!r} must be an identifier such as image or chest_xray"
+                )
             encoder: Encoder = settings.build(restore=restore / name if restore else None)
             self.encoders[name] = encoder
             self.projections[name] = _projection(name, encoder.dim, config)
@@ -70,7 +74,13 @@ class MultiEncoder(nn.Module, Configurable):
         return {m: self.encoder(m).transform(train=train) for m in self.encoders}
 
     def forward(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Modality -> inputs [n_m, ...]; gives modality -> [n_m, D] unit norm for every modality of the model."""
+        """Modality -> inputs [n_m, ...]; gives modality -> [n_m, D] unit norm for every modality.
+
+        Raises:
+            ConfigError: inputs of a modality that the model does not have.
+        """
+        for modality in inputs:
+            self.encoder(modality)
         return {m: self._encode(m, inputs[m]) if m in inputs else self._nothing(m) for m in self.encoders}
 
     def _encode(self, modality: str, x: Any) -> Tensor:
@@ -83,7 +93,7 @@ class MultiEncoder(nn.Module, Configurable):
     def _nothing(self, modality: str) -> Tensor:
         return self._encode(modality, self.encoder(modality).example())[:0]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a probe must be able to train on what comes out
     def encode(self, modality: str, values: Sequence[Any], *, batch_size: int = 64) -> Tensor:
         """Embed samples of one modality: texts as str; pictures as paths, bytes, PIL images or uint8 arrays.
 
@@ -91,17 +101,23 @@ class MultiEncoder(nn.Module, Configurable):
             [len(values), D], unit norm, float32, on the CPU. The model is used in evaluation mode.
 
         Raises:
-            ConfigError: the model has no such modality.
+            ConfigError: the model has no such modality, or `values` is one sample instead of a list.
             BadSample: a value cannot be decoded.
         """
+        if isinstance(values, (str, bytes)):
+            raise ConfigError(
+                f"encode takes a list of samples, got one {type(values).__name__}: put it into [ ]"
+            )
         transform = self.encoder(modality).transform(train=False)
         parts = [
-            self.embed(modality, transform.collate([transform(v) for v in values[i : i + batch_size]]))
+            self.embed(
+                modality, transform.collate([_prepare(transform, v) for v in values[i : i + batch_size]])
+            )
             for i in range(0, len(values), batch_size)
         ]
         return torch.cat(parts).cpu() if parts else torch.zeros(0, self.config.dim)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, modality: str, x: Any) -> Tensor:
         """Embed prepared inputs of one modality in evaluation mode; [n, D] on the model's device."""
         training = self.training
@@ -119,10 +135,21 @@ class MultiEncoder(nn.Module, Configurable):
             self.encoder(name).save_assets(folder / name)
 
 
+def _prepare(transform: Transform, value: Any) -> Any:
+    try:
+        return transform(value)
+    except (BadSample, OSError) as error:
+        name = repr(str(value)) if isinstance(value, (str, Path)) else f"a {type(value).__name__}"
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise BadSample(f"{name} cannot be read: {reason}") from None
+
+
 def _projection(name: str, width: int, config: MultiEncoder.Config) -> nn.Module:
     if config.projection == "none":
         if width != config.dim:
-            raise ConfigError(f"projection 'none': the {name} tower ends in {width} dimensions, the space has {config.dim}")
+            raise ConfigError(
+                f"projection 'none': the {name} tower ends in {width} dimensions, the space has {config.dim}"
+            )
         return nn.Identity()
     if config.projection == "linear":
         return nn.Linear(width, config.dim, bias=False)

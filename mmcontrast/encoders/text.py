@@ -1,4 +1,4 @@
-"""Text towers: a compact transformer with CLIP's vocabulary, any open_clip architecture, any transformers model.
+"""Text towers: a compact transformer with CLIP's vocabulary, any open_clip tower, any transformers model.
 
 Letters: B rows, T tokens, C width.
 """
@@ -28,11 +28,12 @@ class TokenTransform(Transform):
         self.tokenizer = tokenizer
 
     def __call__(self, value: Any) -> Tensor:
+        """[T]."""
         return self.tokenizer([str(value)])[0]
 
 
 class TextTransformer(Encoder):
-    """A causal text transformer (CLIP, Radford et al. 2021, arXiv:2103.00020, sec. 2.4) with CLIP's BPE vocabulary."""
+    """A causal text transformer (CLIP, Radford et al. 2021, arXiv:2103.00020, 2.4), CLIP's vocabulary."""
 
     kind = "text"
 
@@ -54,7 +55,9 @@ class TextTransformer(Encoder):
         if config.width % config.heads:
             raise ConfigError(f"heads {config.heads} must divide width {config.width}")
         if config.context_length < 3:
-            raise ConfigError(f"context_length {config.context_length} leaves no room for a word; use at least 3")
+            raise ConfigError(
+                f"context_length {config.context_length} leaves no room for a word; use at least 3"
+            )
         from open_clip.tokenizer import SimpleTokenizer
         from open_clip.transformer import TextTransformer as OpenClipTransformer
 
@@ -103,9 +106,15 @@ class OpenClipText(Encoder):
         super().__init__(config)
         import open_clip
 
-        # All architectures become the class whose text tower is a module of its own; CLIP keeps its parts loose.
+        # All architectures become the class whose text tower is a module of its own; CLIP's has loose parts.
         clip, _ = open_clip_model(config.architecture, None if restore else config.weights, custom_text=True)
-        self.tokenizer: Any = open_clip.get_tokenizer(config.architecture)
+        try:
+            self.tokenizer: Any = open_clip.get_tokenizer(config.architecture)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"the tokenizer of {config.architecture} is not on this machine: {reason}"
+            ) from None
         self.tower: Any = clip.text
         with torch.no_grad():
             self.dim = self.forward(self.example())[0].shape[1]
@@ -134,6 +143,7 @@ class HFTransform(Transform):
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __call__(self, value: Any) -> list[int]:
+        """As many ids as the text has."""
         return self.tokenizer(str(value), truncation=True, max_length=self.max_length)["input_ids"]
 
     def collate(self, values: Sequence[Any]) -> dict[str, Tensor]:
@@ -160,13 +170,13 @@ class HFText(Encoder):
 
     def __init__(self, config: Config, restore: Path | None = None) -> None:
         super().__init__(config)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would deadlock forked loader workers
+        # Threads of the tokenizer would deadlock forked loader workers.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        origin = str(restore or config.model)
-        if restore is None and ("/" in origin or "\\" in origin) and origin.startswith(("/", ".", "~")):
-            if not Path(origin).expanduser().is_dir():
-                raise ConfigError(f"there is no folder {origin!r} with a transformers model")
+        origin = str(restore or Path(config.model).expanduser())
+        if config.model.startswith(("/", ".", "~")) and not Path(origin).is_dir():
+            raise ConfigError(f"there is no folder {origin!r} with a transformers model")
         self.pool, self.max_length = config.pool, config.max_length
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(origin)
@@ -178,6 +188,8 @@ class HFText(Encoder):
             raise ConfigError(f"transformers cannot load {origin!r}: {str(error).splitlines()[0]}") from None
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        # Tokens are pooled below: parameters that no gradient reaches would make DDP stop.
+        self.tower.pooler = None
         self.dim = int(self.tower.config.hidden_size)
         self.finish(config, pretrained=True)
 
@@ -195,9 +207,9 @@ class HFText(Encoder):
         tokens = self.tower(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).last_hidden_state
         mask = x["attention_mask"].to(tokens.dtype)[:, :, None]
         if self.pool == "mean":
-            return (tokens * mask).sum(1) / mask.sum(1), tokens
+            return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1), tokens
         at = x["attention_mask"].long()
-        places = torch.arange(at.shape[1], device=at.device)
+        places = torch.arange(1, at.shape[1] + 1, device=at.device)  # from 1, for 0 is what padding gets
         # By position, not by counting: tokenizers pad on either side.
         chosen = (at * places).argmax(1) if self.pool == "last" else (at * places.flip(0)).argmax(1)
         return tokens[torch.arange(len(at), device=at.device), chosen], tokens
