@@ -87,9 +87,7 @@ def _assemble(chunks: list[Tensor], rows: Tensor, n: int) -> Tensor:
 def _backward(encoded: Mapping[str, Tensor], piece: MicroBatch, cotangents: Mapping[str, Tensor]) -> None:
     outputs = {m: t for m, t in encoded.items() if t.requires_grad}
     if outputs:
-        torch.autograd.backward(
-            list(outputs.values()), [cotangents[m][piece.rows[m]] for m in outputs]
-        )
+        torch.autograd.backward(list(outputs.values()), [cotangents[m][piece.rows[m]] for m in outputs])
 
 
 def batch_coupled_layers(model: nn.Module) -> list[str]:

@@ -66,7 +66,10 @@ class Checkpoints(Configurable):
         try:
             for name, content in tensors.items():
                 # Own memory for each tensor: safetensors refuses views that share storage.
-                save_file({k: t.detach().cpu().clone().contiguous() for k, t in content.items()}, temporary / f"{name}.safetensors")
+                save_file(
+                    {k: t.detach().cpu().clone().contiguous() for k, t in content.items()},
+                    temporary / f"{name}.safetensors",
+                )
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")

@@ -17,7 +17,9 @@ from mmcontrast.config import ConfigError
 Positional = tyro.conf.Positional
 
 
-def quickstart(out: Path = Path("runs/quickstart"), json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None) -> None:
+def quickstart(
+    out: Path = Path("runs/quickstart"), json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+) -> None:
     """Run the main job on real data that the install brings: prep, train, eval, index, search.
 
     Args:
@@ -44,7 +46,11 @@ def prep_emoji(out: Positional[Path], val: float = 0.05, test: float = 0.1, over
 
 
 def prep_folder(
-    folder: Positional[Path], out: Positional[Path], val: float = 0.05, test: float = 0.1, overwrite: bool = False
+    folder: Positional[Path],
+    out: Positional[Path],
+    val: float = 0.05,
+    test: float = 0.1,
+    overwrite: bool = False,
 ) -> None:
     """A folder of pictures, each with a text file beside it or in a folder named after its class.
 
@@ -180,9 +186,7 @@ def evaluate(
 
     if not data or not tasks:
         raise ConfigError("eval needs at least one data set and one task: mmcontrast eval MODEL DATA…")
-    results = answer(
-        model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust
-    )
+    results = answer(model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust)
     print(as_table(results))
     _write_json(json_file, results)
 
@@ -210,7 +214,13 @@ def index_build(
     from mmcontrast.eval.index import build_index
 
     found = build_index(
-        model, [shards], out, modality=modality, overwrite=overwrite, trust=trust, progress=sys.stderr.isatty()
+        model,
+        [shards],
+        out,
+        modality=modality,
+        overwrite=overwrite,
+        trust=trust,
+        progress=sys.stderr.isatty(),
     )
     quality = found["quality"]
     print(
@@ -256,7 +266,10 @@ def index_search(
     if html is not None:
         html.write_text(search_page(opened, queries, answers), "utf-8")
         print(f"wrote {html}", file=sys.stderr)
-    _write_json(json_file, [{"query": q, "hits": [asdict(h) for h in hits]} for q, hits in zip(queries, answers, strict=True)])
+    _write_json(
+        json_file,
+        [{"query": q, "hits": [asdict(h) for h in hits]} for q, hits in zip(queries, answers, strict=True)],
+    )
 
 
 def _write_json(path: Path | None, value: Any) -> None:
@@ -295,7 +308,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif words and words[0] in GROUPS:
             commands = GROUPS[words[0]]
             tyro.extras.subcommand_cli_from_dict(
-                dict(commands), prog=f"mmcontrast {words[0]}", description=COMMANDS[words[0]].__doc__, args=words[1:] or ["--help"]
+                dict(commands),
+                prog=f"mmcontrast {words[0]}",
+                description=COMMANDS[words[0]].__doc__,
+                args=words[1:] or ["--help"],
             )
         elif words == ["--version"]:
             from mmcontrast import __version__

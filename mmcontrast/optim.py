@@ -71,7 +71,9 @@ class Cosine(Configurable):
 
     def __init__(self, config: Config) -> None:
         if not 0 <= config.warmup < 1 or not 0 <= config.final <= 1:
-            raise ConfigError(f"schedule: warmup {config.warmup} must be in 0..1 (without 1), final {config.final} in 0..1")
+            raise ConfigError(
+                f"schedule: warmup {config.warmup} must be in 0..1 (without 1), final {config.final} in 0..1"
+            )
         self.config = config
 
     def factor(self, step: int, steps: int) -> float:

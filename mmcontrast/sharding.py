@@ -36,7 +36,8 @@ class World:
         if self.size == 1:
             return local
         out = local.new_empty(self.size * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(out, local.contiguous(), group=self.group)
+        # The new name, all_gather_single, is not in the oldest torch that we take.
+        dist.all_gather_into_tensor(out, local.contiguous(), group=self.group)  # pyright: ignore[reportDeprecated]
         return out
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class World:
         if self.size == 1:
             return whole
         out = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
-        dist.reduce_scatter_tensor(out, whole.contiguous(), group=self.group)
+        dist.reduce_scatter_tensor(out, whole.contiguous(), group=self.group)  # pyright: ignore[reportDeprecated]
         return out
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -181,7 +182,10 @@ def _gather(
     groups: Mapping[str, Tensor],
     world: World,
 ) -> _GlobalBatch:
-    names, group_names = sorted(z), sorted(groups)  # sorted: every rank must stack and gather in the same order
+    names, group_names = (
+        sorted(z),
+        sorted(groups),
+    )  # sorted: every rank must stack and gather in the same order
     local = {m: torch.where(present[m][:, None], z[m].detach(), 0) for m in names}
     columns = [ids, *(groups[g] for g in group_names), *(present[m].long() for m in names)]
     table = world.gather(torch.stack(columns, dim=1))
@@ -262,9 +266,7 @@ def _evaluate_blocks(
     for start in starts:
         partial, anchors, z = kept or run(start)
         outputs, weights = _cotangents_of_block(partial, totals, cotangents, objective.weight)
-        gradients = torch.autograd.grad(
-            outputs, [*anchors.values(), *z.values(), *parameters], weights, allow_unused=True
-        )
+        gradients = _grad(outputs, [*anchors.values(), *z.values(), *parameters], weights)
         of_anchors, of_candidates = gradients[: len(anchors)], gradients[len(anchors) : len(anchors) + len(z)]
         for modality, gradient in zip(anchors, of_anchors, strict=True):
             if gradient is not None:
@@ -289,7 +291,7 @@ def _evaluate_whole(
     rows = torch.arange(len(batch.ids), device=batch.ids.device)
     totals = objective.partial(Block(z, z, batch.present, rows, batch.ids, batch.groups, aux))
     loss = objective.finalize(totals, batch.present)
-    gradients = torch.autograd.grad(objective.weight * loss, [*z.values(), *parameters], allow_unused=True)
+    gradients = _grad([objective.weight * loss], [*z.values(), *parameters])
     first, n = batch.first_row, len(batch.ids) // batch.world.size
     for modality, gradient in zip(z, gradients, strict=False):
         if gradient is not None:
@@ -297,6 +299,13 @@ def _evaluate_whole(
     own = gradients[len(z) :]
     accumulator.add_parameters(parameters, own if batch.world.rank == 0 else [None] * len(own))
     return loss.detach()
+
+
+def _grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Gradients of the weighted sum of outputs; None for inputs that no output depends on."""
+    return list(torch.autograd.grad(outputs, inputs, weights, allow_unused=True))
 
 
 def _detach(totals: Totals) -> Totals:
@@ -322,7 +331,7 @@ def _finalize(
     )
     loss = objective.finalize(leaves, batch.present)
     inputs = [*leaves.sums.values(), *leaves.logsumexps.values()]
-    gradients = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
+    gradients = _grad([loss], [*inputs, *parameters])
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=False)]
     cotangents = Totals(
         dict(zip(leaves.sums, filled, strict=False)),

@@ -120,9 +120,7 @@ class Trainer(Configurable):
         self.world = World()
         self.device = self.accelerator.device
         if config.global_batch % self.world.size:
-            raise ConfigError(
-                f"global_batch {config.global_batch} must be a multiple of the ranks ({self.world.size})"
-            )
+            raise ConfigError(f"global_batch {config.global_batch} must be a multiple of the ranks ({self.world.size})")
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model: MultiEncoder = config.model.build()
         coupled = batch_coupled_layers(self.model.train())
@@ -226,11 +224,16 @@ class Trainer(Configurable):
     def _encode(self, piece: MicroBatch) -> Mapping[str, Tensor]:
         return self.wrapped(piece.inputs)
 
-    def _loss(
-        self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int
-    ) -> Result:
+    def _loss(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int) -> Result:
         return value_and_grad(
-            self.terms, z, present, batch.ids, groups=batch.groups, block=self.config.block, step=step, world=self.world
+            self.terms,
+            z,
+            present,
+            batch.ids,
+            groups=batch.groups,
+            block=self.config.block,
+            step=step,
+            world=self.world,
         )
 
     def _synced(self, on: bool) -> Callable[[], AbstractContextManager[None]]:
@@ -304,8 +307,7 @@ class Trainer(Configurable):
             changed = _differences(read_config(out), config)
             if changed:
                 raise ConfigError(
-                    f"{out} holds a run with other settings: {'; '.join(changed[:3])}. "
-                    "Use those, or another --out"
+                    f"{out} holds a run with other settings: {'; '.join(changed[:3])}. Use those, or another --out"
                 )
             return
         out.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,16 @@
 """OpenMoji pictures and their names with the towers of `image_text`, at 64 pixels.
 
-    mmcontrast prep emoji data/emoji
-    mmcontrast train emoji
+mmcontrast prep emoji data/emoji
+mmcontrast train emoji
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mmcontrast.encoders import TimmImage
 from mmcontrast.recipes import image_text
+
+from mmcontrast.encoders import TimmImage
 from mmcontrast.trainer import Trainer
 
 

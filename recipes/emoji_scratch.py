@@ -1,7 +1,7 @@
 """OpenMoji pictures and their names, both towers from scratch: a compact ViT and a compact text transformer.
 
-    mmcontrast prep emoji data/emoji
-    mmcontrast train emoji_scratch --out runs/emoji_scratch
+mmcontrast prep emoji data/emoji
+mmcontrast train emoji_scratch --out runs/emoji_scratch
 """
 
 from __future__ import annotations

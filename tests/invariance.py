@@ -77,18 +77,14 @@ def rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
         mine = (index >= rank * n) & (index < (rank + 1) * n)
         rows[name], inputs[name] = index[mine] - rank * n, batch.inputs[name][mine]
     part = slice(rank * n, (rank + 1) * n)
-    return Batch(
-        inputs=inputs, rows=rows, ids=batch.ids[part], groups={g: t[part] for g, t in batch.groups.items()}
-    )
+    return Batch(inputs=inputs, rows=rows, ids=batch.ids[part], groups={g: t[part] for g, t in batch.groups.items()})
 
 
 def build(configs: Mapping[str, Objective.Config]) -> dict[str, Objective]:
     return {name: config.build().double() for name, config in configs.items()}
 
 
-def step_and_record(
-    outcome: Outcome, loss: Tensor, encoders: nn.Module, objectives: Mapping[str, Objective]
-) -> None:
+def step_and_record(outcome: Outcome, loss: Tensor, encoders: nn.Module, objectives: Mapping[str, Objective]) -> None:
     """Note the gradients, then take one step of plain gradient descent with everything."""
     named = dict(encoders.named_parameters())
     for name, objective in objectives.items():

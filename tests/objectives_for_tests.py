@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,10 @@ class Spread(Objective):
         own = block.rows[:, None] == torch.arange(len(block.ids))
         scores = 4 * block.anchors["text"] @ block.z["text"].T - 4
         masked = own | ~here[:, None] | ~there
-        return Totals({"pairs": (~masked).sum().double()}, {"all": masked_logsumexp(scores.flatten(), masked.flatten(), 0)})
+        return Totals(
+            {"pairs": (~masked).sum().double()},
+            {"all": masked_logsumexp(scores.flatten(), masked.flatten(), 0)},
+        )
 
     def finalize(self, totals: Totals, present: Mapping[str, Tensor]) -> Tensor:
         return totals.logsumexps["all"] - totals.sums["pairs"].log()
@@ -100,9 +103,7 @@ def drift_formula(
     o: Objective, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int
 ) -> Tensor:
     assert isinstance(o, Drift)
-    terms = [
-        o.gain * (z["image"][i] - o.mean).square().sum() for i in range(len(batch)) if present["image"][i]
-    ]
+    terms = [o.gain * (z["image"][i] - o.mean).square().sum() for i in range(len(batch)) if present["image"][i]]
     return torch.stack(terms).mean() + 3 * o.gain.square().sum()
 
 
@@ -116,9 +117,7 @@ class Shuffled(Objective):
     modalities = ("audio", "image")
     candidates = ("image",)
 
-    def prepare(
-        self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int
-    ) -> Mapping[str, Tensor]:
+    def prepare(self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int) -> Mapping[str, Tensor]:
         return {"partner": torch.randperm(len(ids), generator=torch.Generator().manual_seed(step))}
 
     def partial(self, block: Block) -> Totals:
@@ -151,15 +150,11 @@ class Decorrelate(Objective):
         pass
 
     whole = True
-    modalities = ("image", "text")
+    modalities = candidates = ("image", "text")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.target = nn.Parameter(torch.tensor([0.1]))
-
-    @property
-    def candidates(self) -> Sequence[str]:
-        return self.modalities
 
     def partial(self, block: Block) -> Totals:
         both = (block.present["image"] & block.present["text"])[:, None]

@@ -78,7 +78,13 @@ def recipe() -> Trainer.Config:
         model=MultiEncoder.Config(
             encoders={
                 "image": ViT.Config(
-                    image_size=32, patch_size=8, width=32, layers=1, heads=2, patch_dropout=0.25, color_jitter=0.1
+                    image_size=32,
+                    patch_size=8,
+                    width=32,
+                    layers=1,
+                    heads=2,
+                    patch_dropout=0.25,
+                    color_jitter=0.1,
                 ),
                 "text": TextTransformer.Config(context_length=8, width=32, layers=1, heads=2),
             },

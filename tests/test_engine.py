@@ -114,9 +114,10 @@ def test_infonce_equals_open_clip() -> None:
     ours = value_and_grad({"clip": objective}, z, _everyone(17), torch.arange(17), block=5)
     torch.testing.assert_close(ours.loss, theirs.detach(), rtol=1e-12, atol=0)
     assert scale.grad is not None and objective.log_scale.grad is not None
-    for m in z:
-        assert z[m].grad is not None and z[m].grad.abs().max() > 1e-3
-        torch.testing.assert_close(ours.gradients[m], z[m].grad, rtol=1e-10, atol=1e-14)
+    for m, leaf in z.items():
+        want = leaf.grad
+        assert want is not None and want.abs().max() > 1e-3
+        torch.testing.assert_close(ours.gradients[m], want, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(objective.log_scale.grad[0], scale.detach() * scale.grad, rtol=1e-10, atol=0)
 
 
@@ -184,7 +185,8 @@ def test_logsumexp_over_ranks_is_stable(gloo: GlooPool) -> None:
 def test_dropout_is_replayed() -> None:
     """With dropout the cached gradient equals that of one forward with the same masks, and masks do differ by row."""
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 4)).double()
+    first = nn.Linear(6, 32)
+    encoder = nn.Sequential(first, nn.Dropout(0.5), nn.Linear(32, 4)).double()
     x = torch.randn(12, 6, dtype=torch.float64)
     batch = Batch(inputs={"image": x}, rows={"image": torch.arange(12)}, ids=torch.arange(12))
     seen: list[torch.Tensor] = []
@@ -203,7 +205,7 @@ def test_dropout_is_replayed() -> None:
     assert torch.equal(before, torch.random.get_rng_state()), "the caller's random state was touched"
     assert len(seen) == 5  # three micro-batches, the last of which needs no second forward
     assert torch.equal(seen[0], seen[3]) and torch.equal(seen[1], seen[4])
-    weight = encoder[0].weight.grad
+    weight = first.weight.grad
     assert weight is not None
 
     encoder.zero_grad()
@@ -213,8 +215,9 @@ def test_dropout_is_replayed() -> None:
         parts.append(encoder(x[start : start + 5]))
     z = torch.cat(parts)
     (z.square().sum() * z.sum()).backward()
-    assert encoder[0].weight.grad is not None and encoder[0].weight.grad.abs().max() > 0
-    torch.testing.assert_close(weight, encoder[0].weight.grad, rtol=1e-12, atol=1e-12)
+    want = first.weight.grad
+    assert want is not None and want.abs().max() > 0
+    torch.testing.assert_close(weight, want, rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norm_is_found() -> None:

@@ -68,23 +68,16 @@ class Objective(nn.Module, Configurable):
     whole: ClassVar[bool] = False
     """True for a formula of the whole batch only: evaluated on all rows on every rank; right, not memory-scalable."""
 
+    candidates: Sequence[str]
+    """Modalities whose rows every block must see; only these travel between ranks."""
+    modalities: Sequence[str]
+    """All modalities that the objective reads, candidates among them."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.weight = config.weight
 
-    @property
-    def candidates(self) -> Sequence[str]:
-        """Modalities whose rows every block must see; only these travel between ranks."""
-        raise NotImplementedError
-
-    @property
-    def modalities(self) -> Sequence[str]:
-        """All modalities that the objective reads, candidates among them."""
-        raise NotImplementedError
-
-    def prepare(
-        self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int
-    ) -> Mapping[str, Tensor]:
+    def prepare(self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int) -> Mapping[str, Tensor]:
         """Once per step, without gradient, on the whole batch, with the same result on every rank.
 
         `z` holds the candidates, [N, D] each.

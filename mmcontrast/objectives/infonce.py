@@ -6,7 +6,7 @@ Letters: B anchors of a block, N rows of the global batch, D dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from mmcontrast.objectives.base import Block, Objective, Totals, masked_logsumex
 
 
 class InfoNCE(Objective):
-    r"""Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748; CLIP, Radford et al. 2021, arXiv:2103.00020, fig. 3).
+    r"""Symmetric InfoNCE, the loss of CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3) and ALIGN (arXiv:2102.05918).
 
     For a pair of modalities (x, y) with scores s_ij = scale * <x_i, y_j>,
 
@@ -58,20 +58,10 @@ class InfoNCE(Objective):
         if not 1 <= config.scale <= config.max_scale:
             raise ConfigError(f"InfoNCE scale {config.scale} is outside 1..max_scale ({config.max_scale})")
         self.config = config
+        self.modalities = tuple(dict.fromkeys(m for pair in config.pairs for m in pair))
+        self.candidates = tuple(dict.fromkeys(y for _, y in config.pairs))
         # [1], not a scalar: fully_shard refuses 0-d parameters.
-        self.log_scale = nn.Parameter(
-            torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale
-        )
-
-    @property
-    def modalities(self) -> Sequence[str]:
-        """Both sides of every pair."""
-        return tuple(dict.fromkeys(m for pair in self.config.pairs for m in pair))
-
-    @property
-    def candidates(self) -> Sequence[str]:
-        """The second side of every pair."""
-        return tuple(dict.fromkeys(y for _, y in self.config.pairs))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
 
     def partial(self, block: Block) -> Totals:
         """Per pair: the rows' loss (scalar), the diagonal [N] and the columns' negatives [N]."""

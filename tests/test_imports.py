@@ -1,0 +1,89 @@
+"""The house: imports point one way, and importing is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What each part may import, beside the standard library and other packages.
+LOW = {"config", "batch", "shards", "decode", "randomness", "tar"}
+MAY = {
+    "config": set[str](),
+    "randomness": set[str](),
+    "tar": set[str](),
+    "batch": {"config"},
+    "shards": {"config", "tar"},
+    "decode": {"config", "shards"},
+    "encoders": LOW | {"encoders"},
+    "objectives": {"config", "batch", "objectives"},
+    "sharding": {"config", "batch", "objectives"},
+    "cached": {"config", "batch", "randomness", "objectives", "sharding"},
+    "data": LOW | {"data"},
+    "optim": {"config"},
+    "checkpoint": {"config", "batch", "shards", "encoders"},
+    "trainer": LOW | {"encoders", "objectives", "sharding", "cached", "data", "optim", "checkpoint"},
+    "recipe": {"config", "checkpoint", "trainer"},
+    "eval": LOW | {"encoders", "data", "checkpoint", "eval"},
+    "data_prep": LOW | {"data_prep"},
+    "quickstart": {"config"},
+}
+
+
+def parts() -> dict[str, list[Path]]:
+    """Part of the house -> its files; recipes, the command and the package itself may import anything."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "mmcontrast").rglob("*.py")):
+        name = path.relative_to(ROOT / "mmcontrast").parts[0].removesuffix(".py")
+        if name not in ("__init__", "__main__", "cli"):
+            found.setdefault(name, []).append(path)
+    for name in ("eval", "data_prep"):
+        found[name] = sorted((ROOT / name).rglob("*.py"))
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def test_imports_point_one_way() -> None:
+    found = parts()
+    assert found.keys() == MAY.keys()
+    for part, paths in found.items():
+        for path in paths:
+            for name in imported(path):
+                package, _, rest = name.partition(".")
+                if package == "mmcontrast" and rest:
+                    target = rest.partition(".")[0]
+                    if not (part == "recipe" and target == "recipes"):  # to list what is shipped, by name
+                        assert target in MAY[part], f"{path.relative_to(ROOT)} may not import mmcontrast.{target}"
+
+
+def test_only_sharding_imports_torch_distributed() -> None:
+    users = {
+        path.name
+        for paths in parts().values()
+        for path in paths
+        if any(name.startswith("torch.distributed") for name in imported(path))
+    }
+    assert users == {"sharding.py"}
+
+
+def test_the_command_starts_without_heavy_libraries() -> None:
+    code = (
+        "import sys, mmcontrast, mmcontrast.cli\n"
+        "print([m for m in ('torch','numpy','transformers','open_clip','accelerate','faiss') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

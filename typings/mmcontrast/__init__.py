@@ -1,0 +1,1 @@
+../../mmcontrast/__init__.py
