@@ -81,24 +81,18 @@ def build_index(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; choose another folder, or replace it with --overwrite")
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= set(_FILES)):
-        raise ConfigError(
-            f"{out} holds more than an index, and --overwrite would delete it; choose another folder"
-        )
+        raise ConfigError(f"{out} holds more than an index, and --overwrite would delete it; choose another folder")
     checkpoint = find_checkpoint(model_path)
     model = load(checkpoint, trust=trust)
     kind = model.encoder(modality).kind
     others = [m for m in model.modalities if model.encoder(m).kind == "text" and has(shards, model, m)]
     text = modality if kind == "text" else next(iter(others), None)
-    data = embed(
-        model, shards, modalities=list(dict.fromkeys([modality, text or modality])), progress=progress
-    )
+    data = embed(model, shards, modalities=list(dict.fromkeys([modality, text or modality])), progress=progress)
     if modality not in data.z:
         raise ConfigError(f"no sample of {', '.join(shards)} with the modality {modality!r} could be read")
     vectors = data.z[modality].numpy()
     if not np.isfinite(vectors).all():
-        raise ConfigError(
-            f"{checkpoint} gives embeddings that are not finite; such a model cannot be searched with"
-        )
+        raise ConfigError(f"{checkpoint} gives embeddings that are not finite; such a model cannot be searched with")
     graph = len(vectors) >= _FLAT_BELOW
     index: Any
     if graph:
@@ -163,9 +157,7 @@ def _recall(index: Any, vectors: NDArray[np.float32], queries: NDArray[np.float3
 
     k = min(10, len(vectors))
     _, found = index.search(queries, k)
-    _, exact = faiss.knn(
-        queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT
-    )  # in blocks, never all scores
+    _, exact = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)  # in blocks, never all scores
     shared = [len(set(a.tolist()) & set(b.tolist())) / k for a, b in zip(found, exact, strict=True)]
     return {"recall_at_10": float(np.mean(shared)), "queries": float(len(queries))}
 
@@ -194,9 +186,7 @@ class Index:
                 raise ConfigError(f"{folder / name} has changed since the index was built; build it again")
         origin = model or Path(self.manifest["model"])
         if not origin.is_dir():
-            raise ConfigError(
-                f"{folder} needs the model {origin}, which is not there; say where with --model"
-            )
+            raise ConfigError(f"{folder} needs the model {origin}, which is not there; say where with --model")
         checkpoint = find_checkpoint(origin)
         if model_hash(checkpoint) != self.manifest["model_hash"]:
             raise ConfigError(
@@ -212,10 +202,7 @@ class Index:
         except (RuntimeError, pa.ArrowException) as error:
             raise ConfigError(f"{folder} cannot be read: {str(error)[:200]}; build it again") from None
         facts = (self.manifest["count"], self.manifest["dim"], self.model.config.dim, list(_COLUMNS.items()))
-        columns = [
-            (name, str(kind))
-            for name, kind in zip(self.rows.schema.names, self.rows.schema.types, strict=True)
-        ]
+        columns = [(name, str(kind)) for name, kind in zip(self.rows.schema.names, self.rows.schema.types, strict=True)]
         if self.index.ntotal != len(self.rows) or facts != (
             len(self.rows),
             self.index.d,
@@ -277,9 +264,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if wrong or not {"index.faiss", "rows.parquet"} <= set(manifest["files"]):
         raise ConfigError(f"{path} is not the manifest of an index; build it again")
     if manifest["version"] > VERSION:
-        raise ConfigError(
-            f"{path} has version {manifest['version']}, this one reads {VERSION}: upgrade mmcontrast"
-        )
+        raise ConfigError(f"{path} has version {manifest['version']}, this one reads {VERSION}: upgrade mmcontrast")
     return manifest
 
 

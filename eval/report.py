@@ -87,9 +87,7 @@ def as_table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         lines.append(f"{result['dataset']}  {result['task']}")
         for name, value in result["metrics"].items():
-            if not name.endswith(("_low", "_high")) and not name.startswith(
-                ("image_retrieval", "text_retrieval")
-            ):
+            if not name.endswith(("_low", "_high")) and not name.startswith(("image_retrieval", "text_retrieval")):
                 low, high = (result["metrics"].get(f"{name}_{end}") for end in ("low", "high"))
                 interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
                 lines.append(f"  {name:32s} {_number(value)}{interval}")

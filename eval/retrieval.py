@@ -76,9 +76,7 @@ class Retrieval(Configurable):
         texts = [m for m in self.config.pair if data.reader.transforms[m].kind == "text"]
         group = self.config.group
         if group is not None and all(data.meta[row].get(group) is None for row in rows.tolist()):
-            raise ConfigError(
-                f"no sample has the group {group!r} in its metadata; fields: {fields_of(data.meta)}"
-            )
+            raise ConfigError(f"no sample has the group {group!r} in its metadata; fields: {fields_of(data.meta)}")
         for row in rows.tolist():
             own = f"row {row}"
             if group is not None:

@@ -61,15 +61,11 @@ class ZeroShot(Configurable):
         names = [data.meta[int(row)].get(c.label) for row in data.rows[c.modality]]
         labelled = [i for i, name in enumerate(names) if name is not None]
         if not labelled:
-            raise ConfigError(
-                f"no sample has the label {c.label!r} in its metadata; fields: {fields_of(data.meta)}"
-            )
+            raise ConfigError(f"no sample has the label {c.label!r} in its metadata; fields: {fields_of(data.meta)}")
         classes = sorted({str(names[i]) for i in labelled})
         number = {name: k for k, name in enumerate(classes)}
         truth = torch.tensor([number[str(names[i])] for i in labelled])
-        scores = (
-            data.z[c.modality][labelled] @ class_embeddings(model, c.prompt_modality, classes, c.templates).T
-        )
+        scores = data.z[c.modality][labelled] @ class_embeddings(model, c.prompt_modality, classes, c.templates).T
         right = scores.gather(1, truth[:, None])
         # How many other classes are not less near; so written, a score that is not a number never wins.
         rank = (~(scores < right)).sum(1) - 1
@@ -88,9 +84,7 @@ class ZeroShot(Configurable):
         }
 
 
-def class_embeddings(
-    model: MultiEncoder, modality: str, classes: Sequence[str], templates: Sequence[str]
-) -> Tensor:
+def class_embeddings(model: MultiEncoder, modality: str, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """[C, D] unit norm: the mean over templates of each class's prompts."""
     prompts = [template.replace("{c}", name) for name in classes for template in templates]
     z = model.encode(modality, prompts).view(len(classes), len(templates), -1).mean(1)

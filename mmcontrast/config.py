@@ -79,9 +79,7 @@ def to_dict(value: Any) -> Any:
         head = {CLASS_KEY: class_path(value.owner)}
         return head | {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if is_dataclass(value):
-        raise ConfigError(
-            f"{type(value).__qualname__} is a plain dataclass: derive it from Configurable.Config"
-        )
+        raise ConfigError(f"{type(value).__qualname__} is a plain dataclass: derive it from Configurable.Config")
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value)
         if not all(isinstance(k, str) for k in items):
@@ -118,15 +116,11 @@ def from_dict(data: Any, *, trust: Collection[str] = (), where: str = "config") 
     known = {f.name: f for f in fields(config_class)}
     for name in items:
         if name not in known:
-            raise ConfigError(
-                f"{where}: {class_path(config_class)} has no field {name!r}{suggest(name, known)}"
-            )
+            raise ConfigError(f"{where}: {class_path(config_class)} has no field {name!r}{suggest(name, known)}")
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [n for n in needed if n not in items]:
         raise ConfigError(f"{where}: {class_path(config_class)} needs {', '.join(map(repr, missing))}")
-    return config_class(
-        **{n: _convert(v, hints[n], trust=trust, where=f"{where}.{n}") for n, v in items.items()}
-    )
+    return config_class(**{n: _convert(v, hints[n], trust=trust, where=f"{where}.{n}") for n, v in items.items()})
 
 
 def import_file(path: Path) -> types.ModuleType:
@@ -238,11 +232,7 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: expected a finite number, got {value}")
-    if (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and not (isinstance(value, bool) and hint is not bool)
-    ):
+    if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     name = getattr(hint, "__name__", str(hint))
     raise ConfigError(f"{where}: expected {name}, got {value!r}")

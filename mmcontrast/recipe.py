@@ -32,9 +32,7 @@ def load_recipe(name: str, trust: Collection[str] = ()) -> Trainer.Config:
     elif path.suffix == ".py":
         config = _call(import_file(path), name)
     else:
-        raise ConfigError(
-            f"there is no recipe {name!r}{suggest(name, known)}; or give a .py file or a config.json"
-        )
+        raise ConfigError(f"there is no recipe {name!r}{suggest(name, known)}; or give a .py file or a config.json")
     if not isinstance(config, Trainer.Config):
         raise ConfigError(f"{name} makes a {type(config).__name__}, not a Trainer.Config")
     return config

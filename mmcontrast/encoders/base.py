@@ -89,16 +89,14 @@ class Encoder(nn.Module, Configurable):
         if norms and not pretrained:
             raise ConfigError(
                 f"{type(self).__name__} has batch norm ({norms[0]} and {len(norms) - 1} more): it mixes "
-                "samples and cannot be trained from scratch under a gradient cache: give pretrained weights, or a "
-                "tower without it"
+                "samples and cannot be trained from scratch under a gradient cache; give pretrained weights, "
+                "or a tower without it"
             )
         for prefix in config.freeze:
             found = [p for n, p in self.named_parameters() if prefix == "all" or n.startswith(prefix)]
             if not found:
                 names = sorted({n.rpartition(".")[0] for n, _ in self.named_parameters()})
-                raise ConfigError(
-                    f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …"
-                )
+                raise ConfigError(f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …")
             for parameter in found:
                 parameter.requires_grad_(False)
         self.train(self.training)

@@ -204,9 +204,7 @@ class TimmImage(ImageEncoder):
         import timm
 
         if not timm.is_model(config.model):
-            raise ConfigError(
-                f"timm has no model {config.model!r}{suggest(config.model, timm.list_models())[:400]}"
-            )
+            raise ConfigError(f"timm has no model {config.model!r}{suggest(config.model, timm.list_models())[:400]}")
         known = timm.get_pretrained_cfg(config.model)
         # Towers with position embeddings are built for one size; the others have no such argument.
         size: Any = {"img_size": config.image_size} if known and known.fixed_input_size else {}
@@ -247,9 +245,7 @@ def load_tower(tower: nn.Module, weights: Mapping[str, Tensor], path: str) -> No
         if name not in weights:
             raise ConfigError(f"{path} has no tensor {name!r}: it holds another model")
         if weights[name].shape != tensor.shape:
-            raise ConfigError(
-                f"{path}: {name!r} has shape {list(weights[name].shape)}, not {list(tensor.shape)}"
-            )
+            raise ConfigError(f"{path}: {name!r} has shape {list(weights[name].shape)}, not {list(tensor.shape)}")
     tower.load_state_dict({n: weights[n] for n in wanted}, strict=False)
 
 
@@ -257,9 +253,7 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def open_clip_model(
-    architecture: str, weights: str | None, *, custom_text: bool = False
-) -> tuple[Any, dict[str, Any]]:
+def open_clip_model(architecture: str, weights: str | None, *, custom_text: bool = False) -> tuple[Any, dict[str, Any]]:
     """An open_clip model and its preprocessing {size, mean, std}; nothing is fetched from a hub.
 
     With `custom_text` the text tower is a module of its own in every architecture.
@@ -272,9 +266,7 @@ def open_clip_model(
     # Not left to open_clip: it would take `hf-hub:…` for an architecture and a known tag for a file.
     if architecture not in open_clip.list_models():
         known = open_clip.list_models()
-        raise ConfigError(
-            f"open_clip has no architecture {architecture!r}{suggest(architecture, known)[:400]}"
-        )
+        raise ConfigError(f"open_clip has no architecture {architecture!r}{suggest(architecture, known)[:400]}")
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(f"there is no weights file {weights!r}")
     try:

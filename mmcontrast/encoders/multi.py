@@ -45,9 +45,7 @@ class MultiEncoder(nn.Module, Configurable):
         self.projections = nn.ModuleDict()
         for name, settings in config.encoders.items():
             if not name.isidentifier() or hasattr(self.encoders, name):  # such as `type`: torch refuses it
-                raise ConfigError(
-                    f"the modality name {name!r} must be an identifier such as image or chest_xray"
-                )
+                raise ConfigError(f"the modality name {name!r} must be an identifier such as image or chest_xray")
             encoder: Encoder = settings.build(restore=restore / name if restore else None)
             self.encoders[name] = encoder
             self.projections[name] = _projection(name, encoder.dim, config)
@@ -105,14 +103,10 @@ class MultiEncoder(nn.Module, Configurable):
             BadSample: a value cannot be decoded.
         """
         if isinstance(values, (str, bytes)):
-            raise ConfigError(
-                f"encode takes a list of samples, got one {type(values).__name__}: put it into [ ]"
-            )
+            raise ConfigError(f"encode takes a list of samples, got one {type(values).__name__}: put it into [ ]")
         transform = self.encoder(modality).transform(train=False)
         parts = [
-            self.embed(
-                modality, transform.collate([_prepare(transform, v) for v in values[i : i + batch_size]])
-            )
+            self.embed(modality, transform.collate([_prepare(transform, v) for v in values[i : i + batch_size]]))
             for i in range(0, len(values), batch_size)
         ]
         return torch.cat(parts).cpu() if parts else torch.zeros(0, self.config.dim)

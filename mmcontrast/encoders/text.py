@@ -55,9 +55,7 @@ class TextTransformer(Encoder):
         if config.width % config.heads:
             raise ConfigError(f"heads {config.heads} must divide width {config.width}")
         if config.context_length < 3:
-            raise ConfigError(
-                f"context_length {config.context_length} leaves no room for a word; use at least 3"
-            )
+            raise ConfigError(f"context_length {config.context_length} leaves no room for a word; use at least 3")
         from open_clip.tokenizer import SimpleTokenizer
         from open_clip.transformer import TextTransformer as OpenClipTransformer
 
@@ -112,9 +110,7 @@ class OpenClipText(Encoder):
             self.tokenizer: Any = open_clip.get_tokenizer(config.architecture)
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"the tokenizer of {config.architecture} is not on this machine: {reason}"
-            ) from None
+            raise ConfigError(f"the tokenizer of {config.architecture} is not on this machine: {reason}") from None
         self.tower: Any = clip.text
         with torch.no_grad():
             self.dim = self.forward(self.example())[0].shape[1]
