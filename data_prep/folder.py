@@ -6,11 +6,11 @@ A picture's caption is the text file beside it (`dog.jpg`, `dog.txt`); without o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
+
+from mmcontrast.config import ConfigError
 from mmcontrast.decode import image
 from mmcontrast.shards import FORMATS, BadSample, Sample
 
@@ -23,25 +23,30 @@ def prepare(folder: Path, out: Path, *, val: float, test: float, overwrite: bool
     """
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {str(folder)!r}")
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower()[1:] in FORMATS["image"] and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    pictures = [p for p in files if p.suffix.lower()[1:] in FORMATS["image"]]
     if not pictures:
-        raise ConfigError(f"{folder} has no pictures; looked for {', '.join(FORMATS['image'])} in it and below")
+        raise ConfigError(
+            f"{folder} has no pictures; looked for {', '.join(FORMATS['image'])} in it and below"
+        )
     about = {"source": "folder", "path": folder.name}
     items = (_item(folder, path, number) for number, path in enumerate(pictures))
-    return write_splits(
-        items, out, val=val, test=test, overwrite=overwrite, about=about, total=len(pictures)
-    )
+    return write_splits(items, out, val=val, test=test, overwrite=overwrite, about=about, total=len(pictures))
 
 
 def _item(folder: Path, path: Path, number: int) -> Item | Refused:
-    where = str(path.relative_to(folder))
+    where = str(path.relative_to(folder)).encode("utf-8", "backslashreplace").decode()
     try:
         caption, label = _caption(folder, path)
         if not caption:
             return Refused(where, "no caption: no text file beside it, and not in a named folder")
         data = path.read_bytes()
         image(data)
-    except (OSError, UnicodeDecodeError, BadSample) as error:
+    except UnicodeDecodeError:
+        return Refused(where, f"{path.with_suffix('.txt').name} is not UTF-8")
+    except OSError as error:
+        return Refused(where, f"cannot be read: {error.strerror}")
+    except BadSample as error:
         return Refused(where, str(error))
     meta = {"file": where} | ({"label": label} if label else {})
     extension = path.suffix.lower()[1:]
@@ -50,11 +55,10 @@ def _item(folder: Path, path: Path, number: int) -> Item | Refused:
 
 def _caption(folder: Path, path: Path) -> tuple[str, str]:
     label = "" if path.parent == folder else path.parent.name.replace("_", " ").strip()
+    label = label.encode("utf-8", "backslashreplace").decode()
     beside = path.with_suffix(".txt")
     if beside.is_file():
-        text = " ".join(beside.read_text("utf-8").split())
+        text = " ".join(beside.read_text("utf-8-sig").split())
         if text:
             return text, label
     return label, label
-
-

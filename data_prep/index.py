@@ -1,4 +1,4 @@
-"""An index and a manifest for shards that others wrote (img2dataset's, say), so that opening them needs no scan."""
+"""An index and a manifest for shards that others wrote (img2dataset's, say): opening them then needs no scan."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def prepare(folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
     paths = find_shards([str(folder)])
     if (folder / MANIFEST).exists() and not overwrite:
         raise ConfigError(f"{folder / MANIFEST} exists; write it again with --overwrite")
+    (folder / MANIFEST).unlink(missing_ok=True)  # while indices change there must be no manifest
     bar = tqdm(paths, desc="index", unit="shard", disable=not sys.stderr.isatty())
     entries = [describe_shard(path) for path in bar]
     write_manifest(folder, entries, {"source": "indexed"})

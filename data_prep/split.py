@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import ConfigError
-from mmcontrast.shards import Sample, ShardWriter
+from mmcontrast.shards import Sample, ShardWriter, clear_shards
 
 SPLITS = ("train", "val", "test")
 _SHOWN = 10
@@ -56,6 +56,17 @@ def split_of(group: str, fractions: Mapping[str, float]) -> str:
     return "train"
 
 
+def shares(val: float, test: float) -> dict[str, float]:
+    """The shares of validation and test.
+
+    Raises:
+        ConfigError: they leave nothing to train on.
+    """
+    if not (val >= 0 and test >= 0 and val + test < 1):
+        raise ConfigError(f"val {val} and test {test} must be 0 or more and leave a share for training")
+    return {"val": val, "test": test}
+
+
 def write_splits(
     items: Iterable[Item | Refused],
     out: Path,
@@ -73,15 +84,16 @@ def write_splits(
     """
     from tqdm import tqdm
 
-    fractions = {"val": val, "test": test}
-    if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
-        raise ConfigError(f"val {val} and test {test} must be 0 or more and leave a share for training")
+    fractions = shares(val, test)
     wanted = [name for name in SPLITS if name == "train" or fractions[name] > 0]
     counts: Counter[str] = Counter()
     summary = Summary()
+    for name in SPLITS:  # those not asked for as well: an older test split would hold what is trained on now
+        clear_shards(out / name, overwrite=overwrite)
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(ShardWriter(out / name, overwrite=overwrite, about=about)) for name in wanted
+            name: stack.enter_context(ShardWriter(out / name, overwrite=overwrite, about=about))
+            for name in wanted
         }
         for item in tqdm(items, total=total, desc="prep", unit="sample", disable=not sys.stderr.isatty()):
             if isinstance(item, Refused):
@@ -91,7 +103,7 @@ def write_splits(
             writers[name].write(item.sample)
             counts[name] += 1
         if not counts:
-            first = f"; the first: {summary.refused[0].where}: {summary.refused[0].reason}" if summary.refused else ""
+            first = "".join(f"; the first: {row.where}: {row.reason}" for row in summary.refused[:1])
             raise ConfigError(f"no usable sample was found ({len(summary.refused)} refused{first})")
     summary.samples = {name: counts[name] for name in wanted}
     report(summary, out)

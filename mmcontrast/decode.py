@@ -1,4 +1,4 @@
-"""Bytes of a shard member -> a decoded value, per kind of modality. Formats are allow-listed and sizes bounded."""
+"""Bytes of a shard member -> a decoded value, per kind. Formats are allow-listed and sizes bounded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def image(data: bytes) -> Tensor:
         with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadSample(f"image above {MAX_PIXELS >> 20} megapixels")
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            if picture.mode.startswith("I"):
+                # Pillow would clip 16 bits to 8: all above 255 would become white.
+                deep = np.asarray(picture, dtype=np.int64).clip(0, 65535)
+                rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+            elif picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 layer = picture.convert("RGBA")
                 flat = Image.new("RGBA", layer.size, "white")
                 flat.alpha_composite(layer)
@@ -45,13 +49,13 @@ def image(data: bytes) -> Tensor:
 
 
 def text(data: bytes) -> str:
-    """UTF-8 -> str without surrounding space.
+    """UTF-8, with or without byte order mark -> str without surrounding space.
 
     Raises:
         BadSample: not UTF-8, or empty.
     """
     try:
-        value = data.decode("utf-8").strip()
+        value = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BadSample("text is not UTF-8") from None
     if not value:
@@ -83,7 +87,10 @@ def image_from(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (str, Path)):
-        value = Path(value).read_bytes()
+        try:
+            value = Path(value).read_bytes()
+        except (OSError, ValueError) as error:
+            raise BadSample(f"{value} cannot be read: {getattr(error, 'strerror', error)}") from None
     if isinstance(value, bytes):
         return image(value)
     array = np.array(value.convert("RGB") if hasattr(value, "convert") else value)

@@ -1,9 +1,9 @@
 """The shard format: WebDataset tars, an index of their members, and a manifest that describes the set.
 
-A sample is a run of members that share a key (`000017.png`, `000017.txt`, `000017.json`). Reading goes through an
-index of members, never through a sequential tar reader, so a damaged shard can lose samples but never pair one
-sample's picture with another's caption. Nothing that is read is ever unpickled or executed: members are bytes, and
-only members of known formats are looked at.
+A sample is a run of members that share a key (`000017.png`, `000017.txt`, `000017.json`). Reading goes
+through an index of members, never through a sequential tar reader, so a damaged shard can lose samples but
+never pair one sample's picture with another's caption. Nothing that is read is ever unpickled or executed:
+members are bytes, and only members of known formats are looked at.
 
     OUT/00000.tar               the samples
     OUT/00000.index.json        keys, and per format the offset, size and CRC-32 of every member
@@ -20,6 +20,7 @@ import re
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
-from mmcontrast.tar import walk
+from mmcontrast.tar import FORMAT_VERSION, ShardIndex, scan
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -44,8 +45,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 METADATA = "json"
 """Member with the sample's labels and groups, a JSON object."""
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 MAX_MEMBER_BYTES = 256 << 20
+MAX_KEY_BYTES = 90
 
 
 class BadSample(Exception):
@@ -54,113 +55,13 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a writer takes: a key without dots, and member extension -> content (str as UTF-8, mappings as JSON)."""
+    """What a writer takes: a key without dots, and extension -> content (str as UTF-8, mappings as JSON)."""
 
     key: str
     members: Mapping[str, bytes | str | Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Where the members of one extension lie, one entry per sample; offset -1 where the sample has none."""
-
-    offset: NDArray[np.int64]
-    size: NDArray[np.int64]
-    crc32: NDArray[np.int64]  # -1 where unknown
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The samples of one shard. `damage` names the keys that a scan had to leave out, with the reason."""
-
-    keys: Sequence[str]
-    columns: Mapping[str, Columns]
-    damage: Sequence[tuple[str, str]] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the index file."""
-        columns = {
-            name: {"offset": c.offset.tolist(), "size": c.size.tolist(), "crc32": c.crc32.tolist()}
-            for name, c in self.columns.items()
-        }
-        return {"version": FORMAT_VERSION, "keys": list(self.keys), "members": columns}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> ShardIndex:
-        """The reverse of `to_json`."""
-        columns = {
-            name: Columns(*(np.asarray(c[k], dtype=np.int64) for k in ("offset", "size", "crc32")))
-            for name, c in data["members"].items()
-        }
-        return ShardIndex(keys=data["keys"], columns=columns)
-
-
-# ------------------------------------------------------------------------------------------------ reading a tar
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Member name -> (key, extension): the key ends at the first dot of the last path component, as in WebDataset."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def scan(path: Path, *, checksum: bool = False) -> ShardIndex:
-    """Index a tar by its headers, every one of which is verified.
-
-    Where a header is broken, the scan goes on at the next good one and leaves out the samples on both sides of the
-    break, since it cannot know what they lost. Keys that come back later in the shard are left out as well.
-
-    Args:
-        path: the tar.
-        checksum: also read all contents and note their CRC-32.
-    """
-    order: list[str] = []
-    members: dict[str, dict[str, tuple[int, int, int]]] = {}
-    bad: dict[str, str] = {}
-    last: str | None = None
-    broken = False
-    with open(path, "rb") as file:
-        for entry in walk(file, path.stat().st_size):
-            if entry is None:  # a break: the sample before it is suspect, and so is the one after it
-                broken = True
-                if last is not None:
-                    bad[last] = "broken tar header"
-                continue
-            name, offset, size, complete = entry
-            key, extension = split_name(name)
-            if key != last:
-                if key in members:
-                    bad[key] = "key comes back"
-                else:
-                    order.append(key)
-                    members[key] = {}
-                last = key
-            if broken:
-                bad[key], broken = "broken tar header", False
-            if not complete:
-                bad[key] = "truncated"
-            if extension in members[key]:
-                bad[key] = "member comes twice"
-            crc = _crc32(file, offset, size) if checksum and complete else -1
-            members[key][extension] = (offset, size, crc)
-    keys = [k for k in order if k not in bad]
-    columns: dict[str, Columns] = {}
-    for extension in sorted({e for k in keys for e in members[k]}):
-        table = np.array([members[k].get(extension, (-1, 0, -1)) for k in keys], dtype=np.int64).reshape(-1, 3)
-        columns[extension] = Columns(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy())
-    return ShardIndex(keys, columns, sorted(bad.items()))
-
-
-def _crc32(file: Any, offset: int, size: int) -> int:
-    file.seek(offset)
-    crc = 0
-    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
-        crc, size = zlib.crc32(chunk, crc), size - len(chunk)
-    return crc
-
-
-# ------------------------------------------------------------------------------------------------ a set of shards
+# -------------------------------------------------------------------------------------------- a set of shards
 
 
 @dataclass(frozen=True)
@@ -179,7 +80,7 @@ class ShardSet:
     Attributes:
         shards: in the order that numbers the samples; a sample's position is its stable id.
         counts: extension -> samples that have it.
-        damage: shard name -> what a scan left out.
+        damage: shard path -> what a scan left out, as (key, reason).
         fingerprint: changes when the content or the order of the shards does.
     """
 
@@ -196,6 +97,10 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def __del__(self) -> None:
+        for file in self.__dict__.get("_files", {}).values():
+            os.close(file)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and loaded indices stay behind: a spawned worker opens its own.
@@ -241,7 +146,9 @@ class ShardSet:
         return _recent(self._indices, shard, lambda: self.shards[shard].load(), limit=64)
 
     def _open(self, shard: int) -> int:
-        return _recent(self._files, shard, lambda: os.open(self.shards[shard].path, os.O_RDONLY), 64, os.close)
+        return _recent(
+            self._files, shard, lambda: os.open(self.shards[shard].path, os.O_RDONLY), 64, os.close
+        )
 
 
 def _recent(
@@ -274,11 +181,20 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
         if Path(pattern).is_dir():
             tars = sorted(Path(pattern).glob("*.tar"))
         elif Path(pattern).is_file():
+            if not pattern.endswith(".tar"):
+                raise ConfigError(f"{pattern!r} is no .tar file; unpack it if it is a compressed one")
             tars = [Path(pattern)]
         else:
-            tars = [Path(p) for piece in _braces(pattern) for p in sorted(glob.glob(piece))]
+            tars = []
+            for piece in (pieces := _braces(pattern)):
+                names = [piece] if Path(piece).is_file() else sorted(glob.glob(piece))
+                if not names and len(pieces) > 1:  # reading on would train on less than was asked for
+                    raise ConfigError(f"{piece} of {pattern!r} is not there; correct the range")
+                tars += [Path(name) for name in names if name.endswith(".tar") and Path(name).is_file()]
         if not tars:
-            raise ConfigError(f"no shards match {pattern!r}; give a folder with .tar files, a glob or a range")
+            raise ConfigError(
+                f"no shards match {pattern!r}; give a folder with .tar files, a glob or a range"
+            )
         found += tars
     return list(dict.fromkeys(found))
 
@@ -295,7 +211,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def open_shards(patterns: Sequence[str]) -> ShardSet:
-    """Shards with a manifest are opened by it; others (img2dataset's, say) are indexed by a scan of their headers.
+    """Shards with a manifest are opened by it; others (img2dataset's, say) by a scan of their headers.
 
     Raises:
         ConfigError: nothing matches, a manifest cannot be read, or a tar is not what its manifest says.
@@ -304,40 +220,63 @@ def open_shards(patterns: Sequence[str]) -> ShardSet:
     counts: Counter[str] = Counter()
     damage: dict[str, Sequence[tuple[str, str]]] = {}
     fingerprint = hashlib.sha256()
-    manifests: dict[Path, dict[str, Any]] = {}
-    for path in find_shards(patterns):
-        manifest = manifests.setdefault(path.parent, _entries(path.parent))
-        entry = manifest.get(path.name)
+    paths = find_shards(patterns)
+    manifests = {folder: _entries(folder) for folder in dict.fromkeys(path.parent for path in paths)}
+    for folder in (Path(pattern) for pattern in patterns):
+        if missing := manifests.get(folder, {}).keys() - {p.name for p in paths if p.parent == folder}:
+            raise ConfigError(
+                f"{folder / min(missing)} is not there, but {MANIFEST} names it; {_index_anew(folder)}"
+            )
+    for path in paths:
+        entry = manifests[path.parent].get(path.name)
+        size = path.stat().st_size
         if entry is not None:
-            if path.stat().st_size != entry["bytes"]:
+            if size != entry["bytes"]:
                 raise ConfigError(
-                    f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}: "
-                    f"write it again, or run `mmcontrast prep index {path.parent}` to accept it as it is"
+                    f"{path} has {size} bytes, its manifest says {entry['bytes']}: write it again, "
+                    f"or to accept it as it is {_index_anew(path.parent)}"
                 )
-            shards.append(Shard(path, entry["samples"], _IndexFile(index_path(path))))
+            shards.append(Shard(path, entry["samples"], _IndexFile(index_path(path), entry["samples"])))
             counts.update(entry["members"])
-            fingerprint.update(f"{path.name} {entry['sha256']} ".encode())
+            left_out = [(key, reason) for key, reason in entry.get("damage", ())]
+            fingerprint.update(f"{path.name!r} {entry['sha256']} ".encode())
         else:
             index = scan(path)
             shards.append(Shard(path, len(index.keys), _Kept(index)))
             counts.update({name: int((c.offset >= 0).sum()) for name, c in index.columns.items()})
-            if index.damage:
-                damage[path.name] = index.damage
-            fingerprint.update(f"{path.name} {path.stat().st_size} {index.to_json()} ".encode())
+            left_out = index.damage
+            fingerprint.update(f"{path.name!r} {size} {index.to_json()} ".encode())
+        if left_out:
+            damage[str(path)] = left_out
+    if not any(shard.samples for shard in shards):
+        reasons = [
+            f"{key or path.name}: {why}" for path in paths for key, why in damage.get(str(path), ())[:1]
+        ]
+        raise ConfigError(
+            f"{paths[0]} and {len(paths) - 1} more hold no samples; {'; '.join(reasons[:3]) or 'empty'}"
+        )
     return ShardSet(shards, dict(counts), damage, fingerprint.hexdigest()[:16])
+
+
+def _index_anew(folder: Path) -> str:
+    return f"run `mmcontrast prep index {folder} --overwrite`"
 
 
 @dataclass(frozen=True)
 class _IndexFile:
     path: Path
+    samples: int
 
     def __call__(self) -> ShardIndex:
         try:
-            return ShardIndex.from_json(json.loads(self.path.read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            index = ShardIndex.from_json(json.loads(self.path.read_text("utf-8")))
+            if len(index.keys) != self.samples:
+                raise ValueError(f"{len(index.keys)} samples, the manifest says {self.samples}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(
-                f"{self.path} cannot be read ({error}); run `mmcontrast prep index {self.path.parent}` to write it again"
+                f"{self.path} cannot be read ({error}); {_index_anew(self.path.parent)}"
             ) from None
+        return index
 
 
 @dataclass(frozen=True)
@@ -369,21 +308,30 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        version, names = manifest["version"], [(e["name"], e["bytes"], e["samples"], e["sha256"]) for e in manifest["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a manifest of shards ({error}); delete it or write it again") from None
+        version, entries = int(manifest["version"]), manifest["shards"]
+        names = {
+            e["name"]
+            for e in entries
+            if e["sha256"] and e["bytes"] + e["samples"] + sum(e["members"].values()) >= 0
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a manifest of shards ({error!r}); {_index_anew(folder)}") from None
     if version > FORMAT_VERSION:
-        raise ConfigError(f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade mmcontrast")
-    if len({name for name, *_ in names}) < len(names):
-        raise ConfigError(f"{path} names a shard twice; write it again")
+        raise ConfigError(
+            f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade mmcontrast"
+        )
+    if len(names) < len(entries):
+        raise ConfigError(f"{path} names a shard twice; {_index_anew(folder)}")
     return cast(dict[str, Any], manifest)
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# -------------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
-    """Writes samples into numbered tars with their indices; the manifest comes last, so a folder with one is whole.
+    """Writes samples into numbered tars with their indices.
+
+    The manifest comes last, so a folder that has one is whole.
 
         with ShardWriter(out) as writer:
             writer.write(Sample("000000", {"png": png, "txt": "a caption", "json": {"label": "cat"}}))
@@ -417,15 +365,13 @@ class ShardWriter:
         self._samples = self._bytes = 0
         self._tar: Any = None
         self._file: Any = None
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out} is a file; give a folder to write shards to")
-        old = [*out.glob("*.tar"), *out.glob("*.index.json"), *out.glob("*.tar.tmp")] if out.exists() else []
-        if (old or (out / MANIFEST).exists()) and not overwrite:
-            raise ConfigError(f"{out} holds shards already; choose another folder, or replace them with --overwrite")
-        (out / MANIFEST).unlink(missing_ok=True)  # first: while tars change there must be no manifest
-        for path in old:
-            path.unlink()
-        out.mkdir(parents=True, exist_ok=True)
+        clear_shards(out, overwrite=overwrite)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{out} cannot be made: {error.strerror}; give a folder to write shards to"
+            ) from None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -435,28 +381,39 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        elif self._file is not None:
-            self._file.close()
+        elif self._tar is not None:
+            with suppress(OSError):  # a full disk may be why we are here
+                self._tar.close()
+                self._file.close()
 
     def write(self, sample: Sample) -> None:
         """Add a sample.
 
         Raises:
-            ConfigError: a key with a dot or one that came before, an extension that no reader knows, no members.
+            ConfigError: a key that a tar would not give back or that came before, an extension that no reader
+                knows, content that cannot be written, no members.
         """
-        if not sample.key or "." in sample.key.rpartition("/")[2] or sample.key.startswith(("/", "..", "_")):
-            raise ConfigError(f"the key {sample.key!r} cannot name a sample: no dots, not empty, no leading / or _")
+        if flaw := _flaw(sample.key):
+            raise ConfigError(f"the key {sample.key!r} cannot name a sample: {flaw}")
         if sample.key in self._keys:
             raise ConfigError(f"the key {sample.key!r} comes twice; keys must be unique in a set of shards")
         known = {METADATA, *(e for extensions in FORMATS.values() for e in extensions)}
         unknown = [e for e in sample.members if e not in known]
         if unknown or not sample.members:
             raise ConfigError(
-                f"sample {sample.key!r} has members {sorted(sample.members)}; known are {', '.join(sorted(known))}"
+                f"sample {sample.key!r} has members {sorted(sample.members)}; "
+                f"known are {', '.join(sorted(known))}"
             )
-        contents = {name: _encode(content) for name, content in sample.members.items()}
+        try:
+            contents = {name: _encode(content) for name, content in sample.members.items()}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"sample {sample.key!r} has content that cannot be written: {error}") from None
+        if large := [name for name, content in contents.items() if len(content) > MAX_MEMBER_BYTES]:
+            raise ConfigError(f"sample {sample.key!r}: {large[0]} is above {MAX_MEMBER_BYTES >> 20} MiB")
         size = sum(map(len, contents.values()))
-        if self._tar is not None and (self._samples >= self.max_samples or self._bytes + size > self.max_bytes):
+        if self._tar is not None and (
+            self._samples >= self.max_samples or self._bytes + size > self.max_bytes
+        ):
             self._finish_shard()
         if self._tar is None:
             self._start_shard()
@@ -481,6 +438,7 @@ class ShardWriter:
         path = self._path()
         path.with_suffix(".tar.tmp").rename(path)
         self._shards.append(describe_shard(path))
+        assert self._shards[-1]["samples"] == self._samples, f"{path} does not give back what was written"
         self._tar = self._file = None
         self._samples = self._bytes = 0
 
@@ -491,9 +449,36 @@ class ShardWriter:
         write_manifest(self.out, self._shards, self.about)
 
 
+def clear_shards(folder: Path, *, overwrite: bool) -> None:
+    """Make room for new shards in a folder.
+
+    Raises:
+        ConfigError: there are some, and they are not to be replaced.
+    """
+    old = [path for end in ("*.tar", "*.index.json", "*.tar.tmp") for path in folder.glob(end)]
+    if (old or (folder / MANIFEST).exists()) and not overwrite:
+        raise ConfigError(
+            f"{folder} holds shards already; choose another folder, or replace them with --overwrite"
+        )
+    for path in [folder / MANIFEST, *old]:  # the manifest first: while tars change there must be none
+        if path.is_file():
+            path.unlink()
+
+
+def _flaw(key: str) -> str | None:
+    """What would make a tar give back another key than the one that was written."""
+    if "." in key.rpartition("/")[2] or key.startswith("_") or {"", ".", ".."} & set(key.split("/")):
+        return "no dots, not empty, no leading _, no empty part between /"
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in key):
+        return "no control characters, nothing that UTF-8 cannot hold"
+    if len(key.encode()) > MAX_KEY_BYTES:  # longer names need headers that no checksum protects
+        return f"at most {MAX_KEY_BYTES} bytes"
+    return None
+
+
 def _encode(content: bytes | str | Mapping[str, Any]) -> bytes:
     if isinstance(content, Mapping):
-        content = json.dumps(content, ensure_ascii=False, sort_keys=True)
+        content = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False)
     return content.encode("utf-8") if isinstance(content, str) else content
 
 
@@ -537,5 +522,5 @@ def write_manifest(folder: Path, shards: Sequence[Mapping[str, Any]], about: Map
 def _replace(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
+    temporary.write_text(text, "utf-8", "backslashreplace")  # file names need not be Unicode
     temporary.replace(path)

@@ -1,66 +1,209 @@
-"""Walking through a tar by its headers, each of which is verified: what Python's tarfile does not offer.
+"""From a tar to an index of its samples, by headers, each of which is verified.
 
-`tarfile` ends an archive silently at the first broken header; this walk reports the break and goes on behind it.
+Python's `tarfile` ends an archive silently at the first broken header; this walk reports the break and goes
+on behind it.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
 _BLOCK = 512
 _MAX_HEADER_BYTES = 1 << 20
+_BREAK = "at a break of the tar"
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_ABOUT_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *_PAX)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the members of one extension lie, one entry per sample; offset -1 where the sample has none."""
+
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    crc32: NDArray[np.int64]  # -1 where unknown
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of one shard. `damage` names the keys that a scan had to leave out, with the reason."""
+
+    keys: Sequence[str]
+    columns: Mapping[str, Columns]
+    damage: Sequence[tuple[str, str]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the index file."""
+        columns = {
+            name: {"offset": c.offset.tolist(), "size": c.size.tolist(), "crc32": c.crc32.tolist()}
+            for name, c in self.columns.items()
+        }
+        return {"version": FORMAT_VERSION, "keys": list(self.keys), "members": columns}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ShardIndex:
+        """The reverse of `to_json`.
+
+        Raises:
+            ValueError: columns that are not one entry per key.
+        """
+        columns = {
+            name: Columns(*(np.asarray(c[k], dtype=np.int64) for k in ("offset", "size", "crc32")))
+            for name, c in data["members"].items()
+        }
+        for name, c in columns.items():
+            if not c.offset.shape == c.size.shape == c.crc32.shape == (len(data["keys"]),):
+                raise ValueError(f"{name} has other than {len(data['keys'])} entries")
+        return ShardIndex(keys=data["keys"], columns=columns)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Member name -> (key, extension): as in WebDataset, a key ends at the first dot of the file name.
+
+    The extension is empty for what belongs to no sample: names without a dot, and hidden files (macOS's `._x`).
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower() if stem else ""
+
+
+def scan(path: Path, *, checksum: bool = False) -> ShardIndex:
+    """Index a tar by its headers, every one of which is verified.
+
+    Where a header is broken, the scan goes on at the next good one and leaves out the samples on both sides of
+    the break, since it cannot know what they lost. Keys that come back later in the shard are left out as well.
+    Contents that changed or moved under whole headers are seen by the checksums of an older index alone.
+
+    Args:
+        path: the tar.
+        checksum: also read all contents and note their CRC-32.
+    """
+    order: list[str] = []
+    members: dict[str, dict[str, tuple[int, int, int]]] = {}
+    bad: dict[str, str] = {}
+    last: str | None = None
+    broken = False
+    with open(path, "rb") as file:
+        for entry in walk(file, path.stat().st_size):
+            if entry is None:  # a break: the sample before it is suspect, and so is the one after it
+                broken = True
+                if last is not None:
+                    bad.setdefault(last, _BREAK)
+                continue
+            name, offset, size, complete = entry
+            key, extension = split_name(name)
+            if not extension:
+                continue
+            if key != last:
+                if key in members:
+                    bad[key] = "key comes back"
+                else:
+                    order.append(key)
+                    members[key] = {}
+                last = key
+            if broken:
+                bad[key], broken = _BREAK, False
+            if not complete:
+                bad[key] = "truncated"
+            if extension in members[key]:
+                bad.setdefault(key, "member comes twice")
+            crc = _crc32(file, offset, size) if checksum and complete else -1
+            members[key][extension] = (offset, size, crc)
+    if broken and not order:
+        bad[""] = "not a tar"
+    keys = [k for k in order if k not in bad]
+    columns: dict[str, Columns] = {}
+    for extension in sorted({e for k in keys for e in members[k]}):
+        entries = [members[k].get(extension, (-1, 0, -1)) for k in keys]
+        offset, size, crc32 = np.array(entries, dtype=np.int64).T.copy()
+        columns[extension] = Columns(offset, size, crc32)
+    return ShardIndex(keys, columns, sorted(bad.items()))
+
+
+def _crc32(file: Any, offset: int, size: int) -> int:
+    file.seek(offset)
+    crc = 0
+    while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+        crc, size = zlib.crc32(chunk, crc), size - len(chunk)
+    return crc
 
 
 def walk(file: Any, end: int) -> Iterator[tuple[str, int, int, bool] | None]:
-    """(name, offset, size, complete) of every regular member; None where headers are broken or missing."""
-    position, name, size_override, in_break = 0, None, None, False
+    """(name, offset, size, complete) of every regular member; None where something is broken or missing."""
+    position, name, pax_size = 0, None, None
+    lost = zeros = False
     while position + _BLOCK <= end:
         file.seek(position)
         head = file.read(_BLOCK)
+        position += _BLOCK
         if not head.strip(b"\0"):
-            position += _BLOCK
+            name, pax_size, zeros = None, None, True
             continue
-        try:
-            info = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            if not in_break:
-                yield None
-            position, name, size_override, in_break = position + _BLOCK, None, None, True
-            continue
-        in_break = False
-        data = position + _BLOCK
-        size = info.size if size_override is None else size_override
-        following = data + -(-size // _BLOCK) * _BLOCK
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
-            if info.size > _MAX_HEADER_BYTES:
-                yield None
-                return
+        info = _header(head)
+        # Zeros end an archive: a header behind them means that a stretch was wiped, or two tars joined.
+        if (info is None or zeros) and not lost:
+            yield None
+        lost, zeros = info is None, False
+        if info is None:
+            name, pax_size = None, None
+        elif info.type in _ABOUT_THE_NEXT:
             payload = file.read(info.size)
             if info.type == tarfile.GNUTYPE_LONGNAME:
-                name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif info.type == tarfile.XHDTYPE:
+                name = _text(payload.partition(b"\0")[0])
+            elif info.type in _PAX:
                 records = _pax_records(payload)
                 name = records.get("path", name)
-                size_override = int(records["size"]) if records.get("size", "").isdigit() else None
-        else:
-            if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                yield name or info.name, data, size, data + size <= end
-            name, size_override = None, None
-        position = following
-    if position < end:
-        yield None  # a header that was cut off
+                pax_size = int(s) if re.fullmatch("[0-9]{1,19}", s := records.get("size", "")) else None
+            position += _padded(info.size)
+        elif info.type in tarfile.REGULAR_TYPES or info.type not in tarfile.SUPPORTED_TYPES:
+            size = info.size if pax_size is None else pax_size
+            stored = info.type != tarfile.GNUTYPE_SPARSE  # the bytes of a sparse file lie elsewhere
+            complete = stored and position + size <= end
+            yield name or info.name, position, size, complete
+            position += _padded(size)
+            name, pax_size = None, None
+        else:  # folders and links have no content: to skip what their size says could skip members
+            name, pax_size = None, None
+    if not zeros:
+        yield None  # a cut between members leaves no other trace than that the closing zeros are missing
+
+
+def _header(head: bytes) -> tarfile.TarInfo | None:
+    try:
+        # Undecodable names stay distinct: a replacement character could merge neighbours into one key.
+        info = tarfile.TarInfo.frombuf(head, "utf-8", "backslashreplace")
+    except tarfile.HeaderError:
+        return None
+    if info.size < 0 or (info.type in _ABOUT_THE_NEXT and info.size > _MAX_HEADER_BYTES):
+        return None  # a negative size would walk backwards, for ever
+    return info
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _pax_records(payload: bytes) -> dict[str, str]:
     """`LENGTH KEY=VALUE` lines of an extended header."""
     records: dict[str, str] = {}
-    while match := re.match(rb"(\d{1,9}) ([^=]+)=", payload):
+    while match := re.match(rb"([0-9]{1,9}) ([^=]+)=", payload):
         length = int(match[1])
-        if length <= match.end():
+        if not match.end() < length <= len(payload):
             break
-        records[match[2].decode("utf-8", "replace")] = payload[match.end() : length - 1].decode("utf-8", "replace")
+        records[_text(match[2])] = _text(payload[match.end() : length - 1])
         payload = payload[length:]
     return records

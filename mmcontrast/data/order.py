@@ -1,8 +1,9 @@
-"""The order of training samples: a pure function of (seed, position), without end and without memory of the past.
+"""The order of training samples: a pure function of (seed, position), endless and without memory of the past.
 
-An epoch lines up the shards in a random order and cuts the line into `lanes` equal parts; each lane is read from
-front to back and shuffled within windows. A global batch takes the same number of samples from every lane, so ranks
-that own lanes read different shards, in sequence, and no rank, worker or restart changes what a step sees.
+An epoch lines up the shards in a random order and cuts the line into `lanes` equal parts; each lane is read
+from front to back and shuffled within windows. A global batch takes the same number of samples from every
+lane, so ranks that own lanes read different shards, in sequence, and no rank, worker or restart changes what
+a step sees.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from mmcontrast.randomness import permutation
 class Order:
     """`order.sample(step, slot)` is the sample that stands in a slot of a step's global batch.
 
-    An epoch is `per_epoch` = lanes * (N // lanes) samples: fewer than `lanes` are left out, others in each epoch.
-    A step may span two epochs. A sample travels at most `window` places from its shard's turn, so the shuffle holds
-    8 bytes per sample of a window and lane.
+    An epoch is `per_epoch` = lanes * (N // lanes) samples: fewer than `lanes` are left out, others in each
+    epoch. A step may span two epochs. A sample travels less than `window` places from its shard's turn, so
+    the shuffle holds 8 bytes per sample of a window and lane.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class Order:
             ConfigError: no samples, fewer samples than lanes, or a global batch that lanes do not divide.
         """
         total = sum(counts)
+        if global_batch < 1:
+            raise ConfigError(f"the global batch is {global_batch}; it must be at least 1")
         if lanes < 1 or global_batch % lanes:
             raise ConfigError(f"lanes ({lanes}) must divide the global batch ({global_batch})")
         if total < lanes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError, Configurable, suggest
-from mmcontrast.decode import DECODERS, metadata
 from mmcontrast.data.order import Order
+from mmcontrast.decode import DECODERS, metadata
 from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import FORMATS, METADATA, BadSample, ShardSet, open_shards
 
@@ -24,9 +25,13 @@ class Transform(Protocol):
 
     kind: str
 
-    def __call__(self, value: Any) -> Any: ...
+    def __call__(self, value: Any) -> Any:
+        """One decoded sample -> one model input."""
+        ...
 
-    def collate(self, values: Sequence[Any]) -> Any: ...
+    def collate(self, values: Sequence[Any]) -> Any:
+        """Model inputs of several samples -> one batch of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,18 +58,27 @@ class Reader:
         Args:
             shards: the samples.
             transforms: modality -> transform; its `kind` says which decoder and which members.
-            members: modality -> extensions that hold it, in order of preference; by default those of the kind.
+            members: modality -> extensions that hold it, in order of preference; by default those of the
+            kind.
 
         Raises:
-            ConfigError: a modality that no sample has.
+            ConfigError: a modality that no sample has, or a kind that nothing decodes.
         """
         self.shards, self.transforms = shards, transforms
+        for modality, transform in transforms.items():
+            if transform.kind not in DECODERS:
+                raise ConfigError(
+                    f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}"
+                )
         self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in transforms.items()}
         for modality, extensions in self.members.items():
             if not any(shards.counts.get(e) for e in extensions):
+                # Few, by frequency: dots in the keys make every member an extension of its own.
+                have = sorted(shards.counts, key=lambda e: (-shards.counts[e], e))
+                more = f" and {len(have) - 8} more" if len(have) > 8 else ""
                 raise ConfigError(
                     f"no sample has the modality {modality!r} (members {', '.join(extensions)}); "
-                    f"the shards have: {', '.join(sorted(shards.counts)) or 'nothing'}"
+                    f"the shards have: {', '.join(have[:8]) or 'nothing'}{more}"
                 )
 
     def raw(self, position: int, modality: str) -> Any:
@@ -75,9 +89,10 @@ class Reader:
         """
         for extension in self.members[modality]:
             try:
-                return DECODERS[self.transforms[modality].kind](self.shards.read(position, extension))
+                data = self.shards.read(position, extension)
             except KeyError:
                 continue
+            return DECODERS[self.transforms[modality].kind](data)
         return None
 
     def meta(self, position: int) -> Mapping[str, Any]:
@@ -136,8 +151,8 @@ def _label(name: str, example: Example) -> int:
 class Stream(Configurable):
     """The endless stream of training batches of one rank.
 
-    `batches(first_step, last_step)` may start anywhere: nothing before it is read. The samples of a step are the
-    same for every number of ranks and workers, and so is each sample's augmentation.
+    `batches(first_step, last_step)` may start anywhere: nothing before it is read. The samples of a step are
+    the same for every number of ranks and workers, and so is each sample's augmentation.
     """
 
     @dataclass(kw_only=True)
@@ -153,7 +168,7 @@ class Stream(Configurable):
         window: int = 16384
         """Samples among which the shuffle draws; also its memory, 8 bytes each."""
         lanes: int = 1
-        """Places of the data read at once; the number of ranks, or a multiple, reads each shard on one rank."""
+        """Places of the data read at once; a multiple of the number of ranks reads each shard on one rank."""
         workers: int = 2
         """Processes that read and decode; 0 does it in the training process."""
         timeout: float = 300.0
@@ -176,6 +191,10 @@ class Stream(Configurable):
         Raises:
             ConfigError: shards, modalities, lanes or batch that do not fit together.
         """
+        if config.workers < 0 or config.timeout < 0:
+            raise ConfigError(
+                f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more"
+            )
         if global_batch % world:
             raise ConfigError(f"the global batch ({global_batch}) must be a multiple of the ranks ({world})")
         for modality in config.members:
@@ -183,6 +202,12 @@ class Stream(Configurable):
                 raise ConfigError(f"data.members names {modality!r}{suggest(modality, transforms.keys())}")
         self.config, self.seed = config, seed
         self.shards = open_shards(config.shards)
+        if rank == 0:
+            for shard, left_out in self.shards.damage.items():
+                key, reason = left_out[0]
+                print(
+                    f"{shard}: left out {len(left_out)} samples, the first {key!r}: {reason}", file=sys.stderr
+                )
         self.reader = Reader(self.shards, transforms, config.members)
         self.order = Order(
             [s.samples for s in self.shards.shards],
@@ -207,23 +232,28 @@ class Stream(Configurable):
     def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
         """The batches of steps first_step .. last_step - 1 for this rank."""
         workers = self.config.workers
-        loader = DataLoader(
+        loader: DataLoader[Batch | ConfigError] = DataLoader(
             _Steps(self),
             batch_size=None,
             sampler=range(first_step, last_step),
             num_workers=workers,
             timeout=self.config.timeout if workers else 0,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # or else it would draw from the global one
         )
-        return iter(loader)
+        return _raising(iter(loader), first_step)
 
     def batch(self, step: int) -> Batch:
         """This rank's batch of one step."""
         examples: list[Example] = []
         skipped: list[tuple[str, str, str]] = []
-        for slot in self._slots:
-            lane, turn = self.order.place(step, slot)
-            examples.append(self._example(lane, turn, skipped))
+        before = torch.get_rng_state()
+        try:
+            for slot in self._slots:
+                lane, turn = self.order.place(step, slot)
+                examples.append(self._example(lane, turn, skipped))
+        finally:
+            torch.set_rng_state(before)
         return self.reader.collate(examples, self.config.groups, skipped)
 
     def _example(self, lane: int, turn: int, skipped: list[tuple[str, str, str]]) -> Example:
@@ -233,9 +263,8 @@ class Stream(Configurable):
             away = self.order.lane_length // 2 + attempt if attempt else 0
             position = self.order.at(lane, turn + away)
             try:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    return self.reader.example(position, meta=bool(self.config.groups))
+                torch.default_generator.manual_seed(seed)
+                return self.reader.example(position, meta=bool(self.config.groups))
             except BadSample as error:
                 skipped.append((*self.shards.name(position), str(error)))
         shard, key, reason = skipped[-1]
@@ -245,11 +274,31 @@ class Stream(Configurable):
         )
 
 
-class _Steps(Dataset[Batch]):
+class _Steps(Dataset["Batch | ConfigError"]):
     """Step -> batch, for DataLoader: workers take whole steps in turn, and the loader keeps their order."""
 
     def __init__(self, stream: Stream) -> None:
         self._batch: Callable[[int], Batch] = stream.batch
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._batch(step)
+    def __getitem__(self, step: int) -> Batch | ConfigError:
+        try:
+            return self._batch(step)
+        except ConfigError as error:
+            return error  # raised in a worker, it would reach the user inside that worker's traceback
+
+
+def _raising(found: Iterator[Batch | ConfigError], step: int) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"reading step {step} failed: {error}; a worker that was killed mostly had no memory left: "
+                "lower data.workers. One that hung: raise data.timeout, or see that the shards' disk answers"
+            ) from error
+        if isinstance(batch, ConfigError):
+            raise batch
+        yield batch
+        step += 1
