@@ -191,7 +191,7 @@ class Index:
         if model_hash(checkpoint) != self.manifest["model_hash"]:
             raise ConfigError(
                 f"{folder} was made by the model {self.manifest['model_hash']}, {checkpoint} is "
-                f"{model_hash(checkpoint)}: their spaces differ. give the right --model, or build it again"
+                f"{model_hash(checkpoint)}: their spaces differ; give the right --model, or build it again"
             )
         self.model = load(checkpoint, trust=trust)
         # A crafted file cannot make FAISS allocate more than what lies on disk.
@@ -222,7 +222,7 @@ class Index:
         try:
             z = self.model.encode(modality, queries).numpy()
         except BadSample as error:
-            raise ConfigError(f"query: {error}") from None
+            raise ConfigError(f"a query cannot be used: {error}") from None
         scores, places = self.index.search(z, min(top, len(self.rows)))
         return [
             [Hit(float(s), **self._row(i)) for s, i in zip(row, where, strict=True) if i >= 0]

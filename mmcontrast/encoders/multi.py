@@ -132,10 +132,10 @@ class MultiEncoder(nn.Module, Configurable):
 def _prepare(transform: Transform, value: Any) -> Any:
     try:
         return transform(value)
-    except (BadSample, OSError) as error:
-        name = repr(str(value)) if isinstance(value, (str, Path)) else f"a {type(value).__name__}"
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise BadSample(f"{name} cannot be read: {reason}") from None
+    except BadSample as error:
+        if isinstance(value, (str, Path)) and str(value) not in str(error):
+            raise BadSample(f"{value}: {error}") from None  # among many files, which one?
+        raise
 
 
 def _projection(name: str, width: int, config: MultiEncoder.Config) -> nn.Module:
