@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,30 @@ def _content() -> list[Sample]:
     return [Sample(s.key, m) for s, m in zip(samples, (first, second, third), strict=False)] + samples[3:]
 
 
-@pytest.fixture
-def built(tmp_path: Path) -> Built:
-    run = tiny.write_run(tmp_path / "run")
+def _build(folder: Path) -> Built:
+    run = tiny.write_run(folder / "run")
     samples = _content()
-    shards = tiny.write_shards(tmp_path / "shards", samples, per_shard=12)
-    build_index(run, [shards], tmp_path / "index")
-    return Built(run, shards, tmp_path / "index", samples)
+    shards = tiny.write_shards(folder / "shards", samples, per_shard=12)
+    build_index(run, [shards], folder / "index")
+    return Built(run, shards, folder / "index", samples)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return _build(tmp_path_factory.mktemp("index"))
+
+
+@pytest.fixture
+def built(template: Built, tmp_path: Path) -> Built:
+    """An index of one's own; its run and shards are shared and must not be changed."""
+    shutil.copytree(template.index, tmp_path / "index")
+    return replace(template, index=tmp_path / "index")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Built:
+    """Run, shards and index of one's own."""
+    return _build(tmp_path)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -203,7 +220,7 @@ def test_an_index_that_is_there_is_replaced_only_when_asked(built: Built, tmp_pa
     build_index(other, [built.shards], built.index, overwrite=True)
     assert _files(built.index).keys() == before.keys() and _files(built.index) != before
     assert Index(built.index).manifest["model"] == str(other / "step-000001")
-    assert {p.name for p in tmp_path.iterdir()} == {"run", "other", "shards", "index"}
+    assert {p.name for p in tmp_path.iterdir()} == {"other", "index"}
 
 
 def test_overwriting_deletes_nothing_but_an_index(built: Built) -> None:
@@ -328,27 +345,26 @@ def _no_parquet_file(folder: Path) -> None:
 def test_an_index_that_is_not_what_was_built_is_refused(
     built: Built, change: Callable[[Path], object], message: str
 ) -> None:
-    Index(built.index)
     change(built.index)
     with pytest.raises(ConfigError, match=message) as error:
         Index(built.index)
     assert _one_sentence(error)
 
 
-def test_the_model_may_move_but_not_change(built: Built, tmp_path: Path) -> None:
-    want = Index(built.index).search("text", ["red"])
+def test_the_model_may_move_but_not_change(own: Built, tmp_path: Path) -> None:
+    want = Index(own.index).search("text", ["red"])
     moved = tmp_path / "elsewhere" / "run"
     moved.parent.mkdir()
-    shutil.move(built.run, moved)
+    shutil.move(own.run, moved)
     with pytest.raises(ConfigError, match="say where with --model"):
-        Index(built.index)
-    assert Index(built.index, model=moved).search("text", ["red"]) == want
+        Index(own.index)
+    assert Index(own.index, model=moved).search("text", ["red"]) == want
     for name, config, seed in (("seed", None, 1), ("dim", tiny.model_config(dim=4), 0)):
         other = tiny.write_run(tmp_path / name, config, seed=seed)
         with pytest.raises(
             ConfigError, match="their spaces differ; give the right --model, or build it again"
         ) as error:
-            Index(built.index, model=other)
+            Index(own.index, model=other)
         assert _one_sentence(error)
 
 
@@ -398,15 +414,15 @@ def test_the_page_stands_alone_and_shows_every_hit(built: Built) -> None:
 
 
 @pytest.mark.parametrize("fate", ["gone", "changed", "truncated"])
-def test_without_its_shards_the_page_says_so(built: Built, fate: str) -> None:
-    folder = Path(built.shards)
+def test_without_its_shards_the_page_says_so(own: Built, fate: str) -> None:
+    folder = Path(own.shards)
     if fate == "truncated":  # the first shard only: the manifest still agrees with none of it
         (folder / "00000.tar").write_bytes(b"")
     else:
         shutil.rmtree(folder)
     if fate == "changed":
         tiny.write_shards(folder, tiny.samples(30, seed=5), per_shard=12)
-    opened = Index(built.index)
+    opened = Index(own.index)
     answers = opened.search("text", ["red"], top=4)
     seen = _Page(search_page(opened, ["red"], answers))
     assert not seen.pictures and seen.text.count("no picture") == 4 == seen.tags.count("li")
