@@ -111,6 +111,4 @@ def prepare(out: Path, *, val: float = 0.05, test: float = 0.1, overwrite: bool 
                     style.write(sample(number, emoji, drawing))
 
     with ShardWriter(out / "style", overwrite=overwrite, about=about | {"style": "line drawings"}) as style:
-        return write_splits(
-            items(), out, val=val, test=test, overwrite=overwrite, about=about, total=len(known)
-        )
+        return write_splits(items(), out, val=val, test=test, overwrite=overwrite, about=about, total=len(known))

@@ -26,9 +26,7 @@ def prepare(folder: Path, out: Path, *, val: float, test: float, overwrite: bool
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     pictures = [p for p in files if p.suffix.lower()[1:] in FORMATS["image"]]
     if not pictures:
-        raise ConfigError(
-            f"{folder} has no pictures; looked for {', '.join(FORMATS['image'])} in it and below"
-        )
+        raise ConfigError(f"{folder} has no pictures; looked for {', '.join(FORMATS['image'])} in it and below")
     about = {"source": "folder", "path": folder.name}
     items = (_item(folder, path, number) for number, path in enumerate(pictures))
     return write_splits(items, out, val=val, test=test, overwrite=overwrite, about=about, total=len(pictures))

@@ -92,8 +92,7 @@ def write_splits(
         clear_shards(out / name, overwrite=overwrite)
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(ShardWriter(out / name, overwrite=overwrite, about=about))
-            for name in wanted
+            name: stack.enter_context(ShardWriter(out / name, overwrite=overwrite, about=about)) for name in wanted
         }
         for item in tqdm(items, total=total, desc="prep", unit="sample", disable=not sys.stderr.isatty()):
             if isinstance(item, Refused):

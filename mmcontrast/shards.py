@@ -146,9 +146,7 @@ class ShardSet:
         return _recent(self._indices, shard, lambda: self.shards[shard].load(), limit=64)
 
     def _open(self, shard: int) -> int:
-        return _recent(
-            self._files, shard, lambda: os.open(self.shards[shard].path, os.O_RDONLY), 64, os.close
-        )
+        return _recent(self._files, shard, lambda: os.open(self.shards[shard].path, os.O_RDONLY), 64, os.close)
 
 
 def _recent(
@@ -192,9 +190,7 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
                     raise ConfigError(f"{piece} of {pattern!r} is not there; correct the range")
                 tars += [Path(name) for name in names if name.endswith(".tar") and Path(name).is_file()]
         if not tars:
-            raise ConfigError(
-                f"no shards match {pattern!r}; give a folder with .tar files, a glob or a range"
-            )
+            raise ConfigError(f"no shards match {pattern!r}; give a folder with .tar files, a glob or a range")
         found += tars
     return list(dict.fromkeys(found))
 
@@ -224,9 +220,7 @@ def open_shards(patterns: Sequence[str]) -> ShardSet:
     manifests = {folder: _entries(folder) for folder in dict.fromkeys(path.parent for path in paths)}
     for folder in (Path(pattern) for pattern in patterns):
         if missing := manifests.get(folder, {}).keys() - {p.name for p in paths if p.parent == folder}:
-            raise ConfigError(
-                f"{folder / min(missing)} is not there, but {MANIFEST} names it; {_index_anew(folder)}"
-            )
+            raise ConfigError(f"{folder / min(missing)} is not there, but {MANIFEST} names it; {_index_anew(folder)}")
     for path in paths:
         entry = manifests[path.parent].get(path.name)
         size = path.stat().st_size
@@ -249,12 +243,8 @@ def open_shards(patterns: Sequence[str]) -> ShardSet:
         if left_out:
             damage[str(path)] = left_out
     if not any(shard.samples for shard in shards):
-        reasons = [
-            f"{key or path.name}: {why}" for path in paths for key, why in damage.get(str(path), ())[:1]
-        ]
-        raise ConfigError(
-            f"{paths[0]} and {len(paths) - 1} more hold no samples; {'; '.join(reasons[:3]) or 'empty'}"
-        )
+        reasons = [f"{key or path.name}: {why}" for path in paths for key, why in damage.get(str(path), ())[:1]]
+        raise ConfigError(f"{paths[0]} and {len(paths) - 1} more hold no samples; {'; '.join(reasons[:3]) or 'empty'}")
     return ShardSet(shards, dict(counts), damage, fingerprint.hexdigest()[:16])
 
 
@@ -273,9 +263,7 @@ class _IndexFile:
             if len(index.keys) != self.samples:
                 raise ValueError(f"{len(index.keys)} samples, the manifest says {self.samples}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError(
-                f"{self.path} cannot be read ({error}); {_index_anew(self.path.parent)}"
-            ) from None
+            raise ConfigError(f"{self.path} cannot be read ({error}); {_index_anew(self.path.parent)}") from None
         return index
 
 
@@ -310,16 +298,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text("utf-8"))
         version, entries = int(manifest["version"]), manifest["shards"]
         names = {
-            e["name"]
-            for e in entries
-            if e["sha256"] and e["bytes"] + e["samples"] + sum(e["members"].values()) >= 0
+            e["name"] for e in entries if e["sha256"] and e["bytes"] + e["samples"] + sum(e["members"].values()) >= 0
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a manifest of shards ({error!r}); {_index_anew(folder)}") from None
     if version > FORMAT_VERSION:
-        raise ConfigError(
-            f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade mmcontrast"
-        )
+        raise ConfigError(f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade mmcontrast")
     if len(names) < len(entries):
         raise ConfigError(f"{path} names a shard twice; {_index_anew(folder)}")
     return cast(dict[str, Any], manifest)
@@ -369,9 +353,7 @@ class ShardWriter:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"{out} cannot be made: {error.strerror}; give a folder to write shards to"
-            ) from None
+            raise ConfigError(f"{out} cannot be made: {error.strerror}; give a folder to write shards to") from None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -401,8 +383,7 @@ class ShardWriter:
         unknown = [e for e in sample.members if e not in known]
         if unknown or not sample.members:
             raise ConfigError(
-                f"sample {sample.key!r} has members {sorted(sample.members)}; "
-                f"known are {', '.join(sorted(known))}"
+                f"sample {sample.key!r} has members {sorted(sample.members)}; known are {', '.join(sorted(known))}"
             )
         try:
             contents = {name: _encode(content) for name, content in sample.members.items()}
@@ -411,23 +392,21 @@ class ShardWriter:
         if large := [name for name, content in contents.items() if len(content) > MAX_MEMBER_BYTES]:
             raise ConfigError(f"sample {sample.key!r}: {large[0]} is above {MAX_MEMBER_BYTES >> 20} MiB")
         size = sum(map(len, contents.values()))
-        if self._tar is not None and (
-            self._samples >= self.max_samples or self._bytes + size > self.max_bytes
-        ):
+        if self._tar is not None and (self._samples >= self.max_samples or self._bytes + size > self.max_bytes):
             self._finish_shard()
         if self._tar is None:
-            self._start_shard()
+            self._tar = self._start_shard()
         self._tar.write({"__key__": sample.key, **contents})
         self._keys.add(sample.key)
         self._samples += 1
         self._bytes += size
 
-    def _start_shard(self) -> None:
+    def _start_shard(self) -> Any:
         from webdataset.writer import TarWriter
 
         self._file = open(self._path().with_suffix(".tar.tmp"), "wb")
         # A fixed time makes the same samples the same bytes, so a checksum says whether data changed.
-        self._tar = TarWriter(self._file, encoder=False, mtime=0)
+        return TarWriter(self._file, encoder=False, mtime=0)
 
     def _path(self) -> Path:
         return self.out / f"{len(self._shards):05d}.tar"
@@ -457,9 +436,7 @@ def clear_shards(folder: Path, *, overwrite: bool) -> None:
     """
     old = [path for end in ("*.tar", "*.index.json", "*.tar.tmp") for path in folder.glob(end)]
     if (old or (folder / MANIFEST).exists()) and not overwrite:
-        raise ConfigError(
-            f"{folder} holds shards already; choose another folder, or replace them with --overwrite"
-        )
+        raise ConfigError(f"{folder} holds shards already; choose another folder, or replace them with --overwrite")
     for path in [folder / MANIFEST, *old]:  # the manifest first: while tars change there must be none
         if path.is_file():
             path.unlink()

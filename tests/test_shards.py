@@ -42,9 +42,7 @@ def content(key: str, extension: str, size: int = 700) -> bytes:
     return (f"{key}/{extension}/".encode() * size)[:size]
 
 
-def plain_tar(
-    path: Path, keys: list[str], extensions: tuple[str, ...] = ("jpg", "txt"), **options: Any
-) -> Path:
+def plain_tar(path: Path, keys: list[str], extensions: tuple[str, ...] = ("jpg", "txt"), **options: Any) -> Path:
     """A tar as others write it, with Python's tarfile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
@@ -140,12 +138,12 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 
 
 def test_webdataset_reads_the_same_bytes(tmp_path: Path) -> None:
-    import webdataset as wds
+    from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
 
     shards = open_shards([str(write(tmp_path, some(), max_samples=4))])
     theirs: list[dict[str, Any]] = []
     for shard in shards.shards:
-        theirs += list(wds.WebDataset(str(shard.path), shardshuffle=False))
+        theirs += list(WebDataset(str(shard.path), shardshuffle=False))
     assert len(theirs) == 10
     for i, sample in enumerate(theirs):
         assert sample["__key__"] == shards.name(i)[1]
@@ -240,9 +238,7 @@ def test_folders_links_and_hidden_files_are_no_members(tmp_path: Path) -> None:
         add(tar, "folder/000000.txt", b"caption")
         add(tar, "folder/000001.webp", b"", type=tarfile.LNKTYPE, linkname="folder/000000.jpg")
         add(tar, "README", b"no sample")
-    assert contents(open_shards([str(path)])) == {
-        ("a.tar", "folder/000000"): {"jpg": b"picture", "txt": b"caption"}
-    }
+    assert contents(open_shards([str(path)])) == {("a.tar", "folder/000000"): {"jpg": b"picture", "txt": b"caption"}}
 
 
 def test_a_link_that_states_a_size_hides_no_member(tmp_path: Path) -> None:
@@ -312,8 +308,7 @@ def test_the_fingerprint_tells_content_and_order(tmp_path: Path) -> None:
     changed["000002"]["txt"] = "une légende 9 猫"
     write(tmp_path / "c", changed)
     prints = [
-        open_shards([str(tmp_path / name) for name in names]).fingerprint
-        for names in ("a", "b", "c", "ac", "ca")
+        open_shards([str(tmp_path / name) for name in names]).fingerprint for names in ("a", "b", "c", "ac", "ca")
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 4
 
@@ -449,9 +444,7 @@ def raw_header(name: str, size_field: bytes, kind: bytes = tarfile.REGTYPE) -> b
         pytest.param(b"77777777777\0", id="8 GiB"),
     ],
 )
-@pytest.mark.parametrize(
-    "kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE]
-)
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 @pytest.mark.timeout(20)
 def test_an_absurd_size_in_a_header(tmp_path: Path, size: bytes, kind: bytes) -> None:
     path = plain_tar(tmp_path / "a.tar", keys(4))
@@ -729,9 +722,7 @@ def test_members_that_no_reader_would_take_are_refused(tmp_path: Path, members: 
             writer.write(Sample("a", {"txt": "again"}))
 
 
-def test_a_member_too_large_to_be_read_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmcontrast.shards.MAX_MEMBER_BYTES", 1 << 20)
     with ShardWriter(tmp_path) as writer, pytest.raises(ConfigError, match="jpg is above 1 MiB"):
         writer.write(Sample("a", {"jpg": bytes((1 << 20) + 1)}))
@@ -756,9 +747,7 @@ def test_a_writer_that_dies_leaves_no_manifest(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert not (tmp_path / MANIFEST).exists()
     assert sorted(p.name for p in tmp_path.glob("*.tar*")) == ["00000.tar", "00001.tar", "00002.tar.tmp"]
-    assert (
-        len(open_shards([str(tmp_path)])) == 4
-    )  # what was finished can be read, the rest is not taken for a shard
+    assert len(open_shards([str(tmp_path)])) == 4  # what was finished can be read, the rest is not taken for a shard
     write(tmp_path, some(), overwrite=True)
     assert not list(tmp_path.glob("*.tmp")) and len(open_shards([str(tmp_path)])) == 10
 

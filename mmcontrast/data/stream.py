@@ -67,9 +67,7 @@ class Reader:
         self.shards, self.transforms = shards, transforms
         for modality, transform in transforms.items():
             if transform.kind not in DECODERS:
-                raise ConfigError(
-                    f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}"
-                )
+                raise ConfigError(f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}")
         self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in transforms.items()}
         for modality, extensions in self.members.items():
             if not any(shards.counts.get(e) for e in extensions):
@@ -136,9 +134,7 @@ class Reader:
             rows[modality] = torch.tensor(having, dtype=torch.int64)
             if having:
                 inputs[modality] = transform.collate([examples[i].inputs[modality] for i in having])
-        labels = {
-            name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups
-        }
+        labels = {name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups}
         ids = torch.tensor([e.position for e in examples], dtype=torch.int64)
         return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped)
 
@@ -192,9 +188,7 @@ class Stream(Configurable):
             ConfigError: shards, modalities, lanes or batch that do not fit together.
         """
         if config.workers < 0 or config.timeout < 0:
-            raise ConfigError(
-                f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more"
-            )
+            raise ConfigError(f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more")
         if global_batch % world:
             raise ConfigError(f"the global batch ({global_batch}) must be a multiple of the ranks ({world})")
         for modality in config.members:
@@ -205,9 +199,7 @@ class Stream(Configurable):
         if rank == 0:
             for shard, left_out in self.shards.damage.items():
                 key, reason = left_out[0]
-                print(
-                    f"{shard}: left out {len(left_out)} samples, the first {key!r}: {reason}", file=sys.stderr
-                )
+                print(f"{shard}: left out {len(left_out)} samples, the first {key!r}: {reason}", file=sys.stderr)
         self.reader = Reader(self.shards, transforms, config.members)
         self.order = Order(
             [s.samples for s in self.shards.shards],
@@ -288,17 +280,22 @@ class _Steps(Dataset["Batch | ConfigError"]):
 
 
 def _raising(found: Iterator[Batch | ConfigError], step: int) -> Iterator[Batch]:
-    while True:
-        try:
-            batch = next(found)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"reading step {step} failed: {error}; a worker that was killed mostly had no memory left: "
-                "lower data.workers. One that hung: raise data.timeout, or see that the shards' disk answers"
-            ) from error
-        if isinstance(batch, ConfigError):
-            raise batch
-        yield batch
-        step += 1
+    try:
+        while True:
+            try:
+                batch = next(found)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                batch = RuntimeError(
+                    f"reading step {step} failed: {error}; a worker that was killed mostly had no memory left: "
+                    "lower data.workers. One that hung: raise data.timeout, or see that the shards' disk answers"
+                )
+            if isinstance(batch, Exception):  # raised here, where the loader is not in the error's context
+                raise batch
+            yield batch
+            step += 1
+    finally:
+        # Now, so that the loader stops its workers in order. Left to the garbage collector together with the
+        # exception, it can no longer reach them and waits five seconds for each.
+        del found
