@@ -182,6 +182,8 @@ class HFText(Encoder):
                 self.tower = AutoModel.from_config(AutoConfig.from_pretrained(origin), dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ConfigError(f"transformers cannot load {origin!r}: {str(error).splitlines()[0]}") from None
+        # On the left, padding would shift positions by the longest text of a batch: samples would not be independent.
+        self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # Tokens are pooled below: parameters that no gradient reaches would make DDP stop.
