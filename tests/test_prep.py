@@ -428,6 +428,10 @@ def test_an_index_tells_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureF
         index.prepare(tmp_path / "none")
     with pytest.raises(ConfigError, match="no shards match"):
         index.prepare(tmp_path)
+    put(tmp_path / "wrong" / "x.tar", "hello")
+    with pytest.raises(ConfigError, match=r"no samples; x\.tar: .*not a tar"):
+        index.prepare(tmp_path / "wrong")
+    assert not (tmp_path / "wrong" / MANIFEST).exists()
     write_splits(items(20), tmp_path, val=0.0, test=0.0)
     shard = tmp_path / "train" / "00000.tar"
     data = shard.read_bytes()

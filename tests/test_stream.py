@@ -192,6 +192,17 @@ def test_the_window_bounds_how_far_a_sample_travels(window: int) -> None:
     assert sorted(found) == list(range(150))
 
 
+def test_lanes_windows_and_epochs_are_shuffled_each_in_its_own_way() -> None:
+    order = Order([1000], seed=1, global_batch=4, window=50, lanes=4)
+    shuffles: set[tuple[int, ...]] = set()
+    for lane in range(4):
+        for first in range(0, 750, 50):  # five windows in each of three epochs
+            found = [order.at(lane, turn) for turn in range(first, first + 50)]
+            assert max(found) - min(found) == 49
+            shuffles.add(tuple(sample - min(found) for sample in found))
+    assert len(shuffles) == 4 * 15
+
+
 def test_ranks_that_own_lanes_read_disjoint_shards() -> None:
     """12 shards of 10, four lanes: a lane reads three whole shards in an epoch, and others in the next."""
     order = Order([10] * 12, seed=5, global_batch=8, window=20, lanes=4)
