@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from mmcontrast.eval.embed import Embedded, embed, has
 from numpy.typing import NDArray
 
 from mmcontrast.checkpoint import find_checkpoint, load, model_hash
 from mmcontrast.config import ConfigError
-from mmcontrast.eval.embed import Embedded, embed, has
 from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
 
 VERSION = 1
@@ -101,7 +101,7 @@ def build_index(
     else:
         index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
-    queries = data.z[text].numpy() if text in data.z else vectors
+    queries = data.z[text].numpy() if text is not None and text in data.z else vectors
     quality = _recall(index, vectors, queries[:: max(1, len(queries) // _QUERIES)][:_QUERIES])
 
     temporary, replaced = (out.with_name(out.name + end) for end in (".tmp", ".old"))
@@ -142,7 +142,7 @@ def build_index(
 def _rows(data: Embedded, modality: str, text: str | None) -> dict[str, list[Any]]:
     rows = data.rows[modality].tolist()
     positions = [int(data.positions[r]) for r in rows]
-    texts = [data.reader.raw(p, text) for p in positions] if text in data.z else [None] * len(rows)
+    texts = [data.reader.raw(p, text) for p in positions] if text is not None and text in data.z else [None] * len(rows)
     return {
         "key": [data.keys[r] for r in rows],
         "shard": [data.reader.shards.name(p)[0] for p in positions],

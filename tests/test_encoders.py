@@ -66,7 +66,12 @@ def origins(tmp_path_factory: pytest.TempPathFactory) -> Origins:
             content[key].uniform_(0.5, 1.5)  # some norms start at zero, where no gradient passes
         torch.save(content, weights[name])
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")
     return Origins(folder, str(folder / "clip.pt"), weights, str(folder / "bert"))
@@ -237,7 +242,7 @@ def test_pixels_are_normalised_as_open_clip_does(origins: Origins) -> None:
     ours = OpenClipImage.Config(architecture="tiny-clip").build()
     got = ours.normalise(ours.transform(train=False)(pixels)[None])
     torch.testing.assert_close(got[0], preprocess(Image.fromarray(pixels)), rtol=1e-5, atol=1e-5)  # pyright: ignore
-    other = OpenClipImage.Config(architecture="tiny-clip", mean=(0.5,) * 3, std=(0.25,) * 3).build()
+    other = OpenClipImage.Config(architecture="tiny-clip", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).build()
     assert torch.equal(other.normalise(torch.full((1, 3, 1, 1), 255)).flatten(), torch.full((3,), 2.0))
 
 
@@ -295,13 +300,13 @@ def test_open_clip_weights_give_open_clips_embeddings(origins: Origins, tmp_path
     import open_clip
     from safetensors.torch import save_file
 
-    theirs = open_clip.create_model("tiny-clip", pretrained=origins.clip).eval()
+    theirs: Any = open_clip.create_model("tiny-clip", pretrained=origins.clip).eval()
     weights = tmp_path / f"clip{suffix}"
     if suffix == ".pt":
         torch.save({"state_dict": {f"module.{n}": t for n, t in theirs.state_dict().items()}}, weights)
     else:
         save_file({n: t.contiguous() for n, t in theirs.state_dict().items()}, weights)
-    encoders = {
+    encoders: dict[str, Encoder.Config] = {
         "image": OpenClipImage.Config(architecture="tiny-clip", weights=str(weights)),
         "text": OpenClipText.Config(architecture="tiny-clip", weights=str(weights)),
     }
@@ -321,7 +326,7 @@ def test_open_clip_weights_give_open_clips_embeddings(origins: Origins, tmp_path
 def test_timm_weights_give_timms_features(origins: Origins, name: str) -> None:
     import timm
 
-    theirs = timm.create_model(name, num_classes=10, **({"img_size": 160} if name == "test_vit" else {}))
+    theirs: Any = timm.create_model(name, num_classes=10)
     theirs.load_state_dict(torch.load(origins.timm[name]))
     theirs.reset_classifier(0)
     ours = _build(TimmImage.Config(model=name, weights=origins.timm[name], image_size=160))
@@ -369,20 +374,20 @@ def test_tensors_of_other_names_load_in_order(origins: Origins, tmp_path: Path) 
     assert all(torch.equal(t, theirs.state_dict()[n]) for n, t in ours.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda w: {n: t for n, t in w.items() if "qkv.weight" not in n},
-            "has no tensor 'blocks.0.attn.qkv.weight': it holds another model",
-        ),
-        (lambda w: w | {"norm.weight": torch.ones(3)}, r"'norm.weight' has shape \[3\], not \[64\]"),
-        (lambda w: {f"x.{n}": t for n, t in reversed(w.items())}, "has no tensor 'cls_token'"),
-        (lambda w: {f"x.{n}": t[..., :1] for n, t in w.items()}, r"'cls_token' has shape \[1, 1, 1\], not"),
-        (lambda w: [1, 2], "holds no tensors by name"),
-        (lambda w: {"epoch": 3, "state_dict": {"epoch": 3}}, "holds no tensors by name"),
-    ],
-)
+CHANGES: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
+    (
+        lambda w: {n: t for n, t in w.items() if "qkv.weight" not in n},
+        "has no tensor 'blocks.0.attn.qkv.weight': it holds another model",
+    ),
+    (lambda w: w | {"norm.weight": torch.ones(3)}, r"'norm.weight' has shape \[3\], not \[64\]"),
+    (lambda w: {f"x.{n}": t for n, t in reversed(w.items())}, "has no tensor 'cls_token'"),
+    (lambda w: {f"x.{n}": t[..., :1] for n, t in w.items()}, r"'cls_token' has shape \[1, 1, 1\], not"),
+    (lambda w: [1, 2], "holds no tensors by name"),
+    (lambda w: {"epoch": 3, "state_dict": {"epoch": 3}}, "holds no tensors by name"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_weights_of_another_model_are_refused_by_name(
     origins: Origins, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from mmcontrast import load
-from mmcontrast.config import ConfigError
-from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.report import answer, as_table
 from mmcontrast.eval.retrieval import Retrieval, best_ranks, clip_benchmark_names
 from mmcontrast.eval.statistics import bootstrap, chance_recall
 from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
+from torch import Tensor
+
+from mmcontrast import load
+from mmcontrast.config import ConfigError
+from mmcontrast.encoders import MultiEncoder
 from mmcontrast.shards import Sample
 from tests import tiny
 
@@ -63,6 +63,12 @@ def _with_random_embeddings(data: Embedded, seed: int) -> Embedded:
     g = torch.Generator().manual_seed(seed)
     z = {m: torch.randint(-2, 3, tuple(t.shape), generator=g).float() for m, t in data.z.items()}
     return replace(data, z=z)
+
+
+def _meta(sample: Sample) -> dict[str, Any]:
+    found = sample.members.get("json", {})
+    assert isinstance(found, Mapping)
+    return dict(found)
 
 
 def _places(samples: Sequence[Sample], member: str) -> list[int]:
@@ -116,7 +122,7 @@ def _slow_retrieval(
             return True
         if group is None:
             return samples[i].members["txt"] == samples[j].members["txt"]
-        a, b = (dict(samples[k].members.get("json", {})).get(group) for k in (i, j))  # pyright: ignore
+        a, b = (_meta(samples[k]).get(group) for k in (i, j))
         return a is not None and a == b
 
     found: dict[str, float] = {"samples": len(pairs)}
@@ -230,7 +236,7 @@ def test_bootstrap_of_a_known_case() -> None:
 
 def _slow_zero_shot(asked: Asked, data: Embedded, label: str, templates: Sequence[str]) -> dict[str, float]:
     """acc1, acc5 and mean recall, prompt by prompt and sample by sample."""
-    truths = {i: dict(s.members.get("json", {})).get(label) for i, s in enumerate(asked.samples)}  # pyright: ignore
+    truths: dict[int, Any] = {i: _meta(s).get(label) for i, s in enumerate(asked.samples)}
     pictures = dict(zip(_places(asked.samples, "png"), data.z["image"].tolist(), strict=True))
     rows = [i for i in pictures if truths[i] is not None]
     classes = sorted({truths[i] for i in rows})

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import mmcontrast.eval.index as index_module
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-import mmcontrast.eval.index as index_module
-from mmcontrast import load
-from mmcontrast.config import ConfigError
 from mmcontrast.eval.index import Index, build_index
 from mmcontrast.eval.report import search_page
+
+from mmcontrast import load
+from mmcontrast.config import ConfigError
 from mmcontrast.shards import Sample
 from tests import tiny
 
@@ -314,34 +314,34 @@ def _no_parquet_file(folder: Path) -> None:
     _sign(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda f: _flip(f / "index.faiss"), "index.faiss has changed since the index was built"),
-        (lambda f: _flip(f / "rows.parquet"), "rows.parquet has changed since the index was built"),
-        (lambda f: (f / "index.faiss").unlink(), "the index is incomplete: .*index.faiss"),
-        (lambda f: (f / "rows.parquet").unlink(), "the index is incomplete: .*rows.parquet"),
-        (lambda f: (f / "manifest.json").unlink(), "is not an index"),
-        (lambda f: (f / "manifest.json").write_text("{"), "is not an index"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "is not the manifest of an index"),
-        (lambda f: (f / "manifest.json").write_text("null"), "is not the manifest of an index"),
-        (lambda f: _rewrite(f, files={}), "is not the manifest of an index"),
-        (lambda f: _rewrite(f, files=["index.faiss", "rows.parquet"]), "is not the manifest of an index"),
-        (lambda f: _rewrite(f, quality=...), "is not the manifest of an index"),
-        (lambda f: _rewrite(f, shards="x"), "is not the manifest of an index"),
-        (lambda f: _rewrite(f, version=2), "has version 2, this one reads 1: upgrade mmcontrast"),
-        (lambda f: _rewrite(f, model_hash="0" * 16), "was made by the model 0000.*their spaces differ"),
-        (lambda f: _rewrite(f, model="/gone/step-000001"), "needs the model /gone/.*say where with --model"),
-        (lambda f: _rewrite(f, dim=9), "do not belong together"),
-        (lambda f: _rewrite(f, count=3), "do not belong together"),
-        (lambda f: _replace_rows(f, position=["0"] * 29), "do not belong together"),
-        (lambda f: _replace_rows(f, extra=[1] * 29), "do not belong together"),
-        (lambda f: _replace_vectors(f, 28, 8), "do not belong together"),
-        (lambda f: _replace_vectors(f, 29, 4), "do not belong together"),
-        (_no_faiss_file, "cannot be read"),
-        (_no_parquet_file, "cannot be read"),
-    ],
-)
+CHANGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: _flip(f / "index.faiss"), "index.faiss has changed since the index was built"),
+    (lambda f: _flip(f / "rows.parquet"), "rows.parquet has changed since the index was built"),
+    (lambda f: (f / "index.faiss").unlink(), "the index is incomplete: .*index.faiss"),
+    (lambda f: (f / "rows.parquet").unlink(), "the index is incomplete: .*rows.parquet"),
+    (lambda f: (f / "manifest.json").unlink(), "is not an index"),
+    (lambda f: (f / "manifest.json").write_text("{"), "is not an index"),
+    (lambda f: (f / "manifest.json").write_text("[]"), "is not the manifest of an index"),
+    (lambda f: (f / "manifest.json").write_text("null"), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, files={}), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, files=["index.faiss", "rows.parquet"]), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, quality=...), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, shards="x"), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, version=2), "has version 2, this one reads 1: upgrade mmcontrast"),
+    (lambda f: _rewrite(f, model_hash="0" * 16), "was made by the model 0000.*their spaces differ"),
+    (lambda f: _rewrite(f, model="/gone/step-000001"), "needs the model /gone/.*say where with --model"),
+    (lambda f: _rewrite(f, dim=9), "do not belong together"),
+    (lambda f: _rewrite(f, count=3), "do not belong together"),
+    (lambda f: _replace_rows(f, position=["0"] * 29), "do not belong together"),
+    (lambda f: _replace_rows(f, extra=[1] * 29), "do not belong together"),
+    (lambda f: _replace_vectors(f, 28, 8), "do not belong together"),
+    (lambda f: _replace_vectors(f, 29, 4), "do not belong together"),
+    (_no_faiss_file, "cannot be read"),
+    (_no_parquet_file, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_an_index_that_is_not_what_was_built_is_refused(
     built: Built, change: Callable[[Path], object], message: str
 ) -> None:

@@ -70,18 +70,20 @@ def write_shards(out: Path, content: Sequence[Sample], *, per_shard: int = 1000)
 
 def vit(**settings: Any) -> ViT.Config:
     """A vision transformer of one layer."""
-    return ViT.Config(**{"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2} | settings)
+    defaults: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}
+    return ViT.Config(**(defaults | settings))
 
 
 def text_transformer(**settings: Any) -> TextTransformer.Config:
     """A text transformer of one layer."""
-    return TextTransformer.Config(**{"context_length": 10, "width": 16, "layers": 1, "heads": 2} | settings)
+    defaults: dict[str, Any] = {"context_length": 10, "width": 16, "layers": 1, "heads": 2}
+    return TextTransformer.Config(**(defaults | settings))
 
 
 def model_config(**settings: Any) -> MultiEncoder.Config:
     """Image and text in a space of 8 dimensions."""
-    encoders = {"image": vit(), "text": text_transformer()}
-    return MultiEncoder.Config(**{"encoders": encoders, "dim": 8} | settings)
+    defaults: dict[str, Any] = {"encoders": {"image": vit(), "text": text_transformer()}, "dim": 8}
+    return MultiEncoder.Config(**(defaults | settings))
 
 
 def write_run(folder: Path, config: MultiEncoder.Config | None = None, *, seed: int = 0, step: int = 1) -> Path:

@@ -209,7 +209,7 @@ class TimmImage(ImageEncoder):
         # Towers with position embeddings are built for one size; the others have no such argument.
         size: Any = {"img_size": config.image_size} if known and known.fixed_input_size else {}
         tower = timm.create_model(config.model, pretrained=False, num_classes=0, **size)
-        facts = tower.pretrained_cfg
+        facts = cast(dict[str, Any], tower.pretrained_cfg)
         super().__init__(config, size=config.image_size, mean=facts["mean"], std=facts["std"])
         self.tower: Any = tower
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
