@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from mmcontrast.data_prep.split import Item, Summary, shares, split_of, write_splits
-
 from mmcontrast.config import ConfigError
+from mmcontrast.data_prep.split import Item, Summary, shares, split_of, write_splits
 from mmcontrast.shards import Sample, ShardWriter
 
 _VARIANTS = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "facing", "right"}

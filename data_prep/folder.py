@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
-
 from mmcontrast.config import ConfigError
+from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
 from mmcontrast.decode import image
 from mmcontrast.shards import FORMATS, BadSample, Sample
 

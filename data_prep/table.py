@@ -10,9 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
-
 from mmcontrast.config import ConfigError, suggest
+from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
 from mmcontrast.decode import image
 from mmcontrast.shards import FORMATS, BadSample, Sample
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from mmcontrast.eval.embed import Embedded, embed, has
 from numpy.typing import NDArray
 
 from mmcontrast.checkpoint import find_checkpoint, load, model_hash
 from mmcontrast.config import ConfigError
+from mmcontrast.eval.embed import Embedded, embed, has
 from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
 
 VERSION = 1

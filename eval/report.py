@@ -9,13 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mmcontrast.checkpoint import find_checkpoint, load
+from mmcontrast.config import ConfigError
 from mmcontrast.eval.embed import embed, has
 from mmcontrast.eval.index import Hit, Index
 from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
 from mmcontrast.eval.zero_shot import ZeroShot
-
-from mmcontrast.checkpoint import find_checkpoint, load
-from mmcontrast.config import ConfigError
 
 _TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mmcontrast.eval.embed import Embedded, embed, fields_of
-from mmcontrast.eval.statistics import bootstrap, chance_recall
 from torch import Tensor
 
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.embed import Embedded, embed, fields_of
+from mmcontrast.eval.statistics import bootstrap, chance_recall
 
 
 class Retrieval(Configurable):

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from mmcontrast.eval.embed import Embedded, embed, fields_of
-from mmcontrast.eval.statistics import bootstrap
 from torch import Tensor
 
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.embed import Embedded, embed, fields_of
+from mmcontrast.eval.statistics import bootstrap
 
 
 class ZeroShot(Configurable):

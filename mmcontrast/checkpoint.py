@@ -79,6 +79,7 @@ class Checkpoints(Configurable):
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         replaced = final.with_name(final.name + ".old")
+        shutil.rmtree(replaced, ignore_errors=True)  # of a save that was killed
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
@@ -177,11 +178,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def model_hash(checkpoint: Path) -> str:
-    """Identity of a checkpoint's model: weights and settings."""
+    """Identity of a checkpoint's model: weights, settings, and assets (another tokenizer is another space)."""
+    run = checkpoint.parent
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    config = read_config(checkpoint.parent)["model"]
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(read_config(run)["model"], sort_keys=True).encode())
     digest.update(files["model.safetensors"]["sha256"].encode())
+    for asset in sorted(p for p in (run / "assets").rglob("*") if p.is_file()):
+        digest.update(f"{asset.relative_to(run).as_posix()} {_hash(asset)} ".encode())
     return digest.hexdigest()[:16]
 
 

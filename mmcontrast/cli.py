@@ -324,10 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except ConfigError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
     except BrokenPipeError:
         os._exit(141)  # the reader of our output went away: nothing is wrong, and nothing can be said
+    except (FloatingPointError, OSError) as error:  # a run that diverged, a disk that is full
+        fail(f"{type(error).__name__}: {error}", 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
 
 
 def fail(text: str, code: int = 2) -> None:

@@ -130,9 +130,8 @@ class Trainer(Configurable):
         for name, term in self.terms.items():
             for modality in term.modalities:
                 if modality not in self.model.modalities:
-                    raise ConfigError(
-                        f"objective {name!r} reads the modality {modality!r}; the model has {', '.join(self.model.modalities)}"
-                    )
+                    known = ", ".join(self.model.modalities)
+                    raise ConfigError(f"objective {name!r} reads the modality {modality!r}; the model has {known}")
         self.stream: Stream = config.data.build(
             self.model.transforms(train=True),
             seed=config.seed,
@@ -191,9 +190,11 @@ class Trainer(Configurable):
     def step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step on this rank's batch."""
         self.model.train()
+        with self.accelerator.autocast():
+            pooled = self.model.pool_frozen(batch, self.config.micro_batch)
         result = forward_backward(
             self._encode,
-            batch,
+            pooled,
             lambda z, present: self._loss(z, present, batch, step),
             micro_batch=self.config.micro_batch,
             seed=(self.config.seed, step),
@@ -360,9 +361,8 @@ class _Report:
         self.waited = 0.0
         self.since, self.started, self.first = time.perf_counter(), first, first
         self.path = self.config.out / "metrics.jsonl"
-        if trainer.is_main and self.path.exists():  # lines behind the checkpoint will be written again
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        if trainer.is_main and self.path.exists():
+            _drop_lines_after(self.path, first)  # they will be written again
         slow = None if sys.stderr.isatty() else 10.0
         self.bar = tqdm(
             total=self.config.steps,
@@ -404,6 +404,18 @@ class _Report:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines up to a step; a line that a crash cut short is dropped too."""
+    kept: list[str] = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except ValueError:
+            continue
+    path.write_text("".join(kept), "utf-8")
 
 
 def _check(config: Trainer.Config) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmcontrast.recipes import image_text
-
 from mmcontrast.encoders import TimmImage
+from mmcontrast.recipes import image_text
 from mmcontrast.trainer import Trainer
 
 

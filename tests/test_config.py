@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import mmcontrast.recipes
 import pytest
 
+import mmcontrast.recipes
 from mmcontrast.config import ConfigError, Configurable, class_path, from_dict, suggest, to_dict
 from mmcontrast.encoders import MultiEncoder, ViT
 from mmcontrast.objectives import InfoNCE

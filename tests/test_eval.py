@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmcontrast.eval.embed import Embedded, embed
-from mmcontrast.eval.report import answer, as_table
-from mmcontrast.eval.retrieval import Retrieval, best_ranks, clip_benchmark_names
-from mmcontrast.eval.statistics import bootstrap, chance_recall
-from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
 from torch import Tensor
 
 from mmcontrast import load
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
+from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.report import answer, as_table
+from mmcontrast.eval.retrieval import Retrieval, best_ranks, clip_benchmark_names
+from mmcontrast.eval.statistics import bootstrap, chance_recall
+from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
 from mmcontrast.shards import Sample
 from tests import tiny
 

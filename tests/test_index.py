@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import faiss
-import mmcontrast.eval.index as index_module
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mmcontrast.eval.index import Index, build_index
-from mmcontrast.eval.report import search_page
 
+import mmcontrast.eval.index as index_module
 from mmcontrast import load
 from mmcontrast.config import ConfigError
+from mmcontrast.eval.index import Index, build_index
+from mmcontrast.eval.report import search_page
 from mmcontrast.shards import Sample
 from tests import tiny
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mmcontrast.data_prep import emoji, folder, index, table
-from mmcontrast.data_prep.split import Item, Refused, shares, split_of, write_splits
 from PIL import Image
 
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
+from mmcontrast.data_prep import emoji, folder, index, table
+from mmcontrast.data_prep.split import Item, Refused, shares, split_of, write_splits
 from mmcontrast.shards import MANIFEST, Sample, open_shards
 
 SPLITS = ("train", "val", "test")

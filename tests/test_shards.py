@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mmcontrast.data_prep import index as prep_index
 
 from mmcontrast.config import ConfigError
+from mmcontrast.data_prep import index as prep_index
 from mmcontrast.shards import (
     MANIFEST,
     BadSample,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.batch import map_tensors
+from mmcontrast.batch import Batch, map_tensors
 from mmcontrast.config import ConfigError, Configurable, suggest
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.shards import BadSample
+
+_POOLED = "pooled by the frozen tower"
 
 
 class MultiEncoder(nn.Module, Configurable):
@@ -81,10 +83,27 @@ class MultiEncoder(nn.Module, Configurable):
             self.encoder(modality)
         return {m: self._encode(m, inputs[m]) if m in inputs else self._nothing(m) for m in self.encoders}
 
+    @torch.no_grad()
+    def pool_frozen(self, batch: Batch, micro_batch: int) -> Batch:
+        """The batch with the inputs of frozen towers replaced by what they pool from them.
+
+        A frozen tower answers the same in both passes of the gradient cache, so it need not be asked twice.
+        """
+        inputs = dict(batch.inputs)
+        for modality in inputs:
+            encoder = self.encoder(modality)
+            if encoder.frozen:
+                pieces = (piece.inputs[modality] for piece in batch.split(micro_batch) if modality in piece.inputs)
+                inputs[modality] = {_POOLED: torch.cat([encoder(x)[0] for x in pieces])}
+        return replace(batch, inputs=inputs)
+
     def _encode(self, modality: str, x: Any) -> Tensor:
         encoder = self.encoder(modality)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
-            pooled, _ = encoder(x)
+        if isinstance(x, Mapping) and _POOLED in x:
+            pooled = cast(Tensor, x[_POOLED])
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+                pooled, _ = encoder(x)
         z = self.projections[modality](pooled)
         return nn.functional.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 

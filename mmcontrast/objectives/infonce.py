@@ -17,7 +17,7 @@ from mmcontrast.objectives.base import Block, Objective, Totals, masked_logsumex
 
 
 class InfoNCE(Objective):
-    r"""Symmetric InfoNCE, the loss of CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3) and ALIGN (arXiv:2102.05918).
+    r"""Symmetric InfoNCE, the loss of CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3).
 
     For a pair of modalities (x, y) with scores s_ij = scale * <x_i, y_j>,
 
