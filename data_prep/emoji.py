@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.split import Item, Summary, shares, split_of, write_splits
-from mmcontrast.shards import Sample, ShardWriter
+from mmcontrast.shard_writer import Sample, ShardWriter
 
 _VARIANTS = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "facing", "right"}
 _SIDE = 96

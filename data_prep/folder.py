@@ -11,11 +11,12 @@ from pathlib import Path
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
 from mmcontrast.decode import image
-from mmcontrast.shards import FORMATS, BadSample, Sample
+from mmcontrast.shard_writer import Sample
+from mmcontrast.shards import FORMATS, BadSample
 
 
 def prepare(folder: Path, out: Path, *, val: float, test: float, overwrite: bool = False) -> Summary:
-    """Write the shards; pictures with equal captions stay in one split.
+    """Write the shards; pictures with equal captions of their own stay in one split, classes are divided.
 
     Raises:
         ConfigError: no such folder, no pictures, or none with a caption.
@@ -47,7 +48,9 @@ def _item(folder: Path, path: Path, number: int) -> Item | Refused:
         return Refused(where, str(error))
     meta = {"file": where} | ({"label": label} if label else {})
     extension = path.suffix.lower()[1:]
-    return Item(Sample(f"{number:08d}", {extension: data, "txt": caption, "json": meta}), caption)
+    # A class whose name stands in for captions must not move to one split as a whole.
+    group = where if caption == label else caption
+    return Item(Sample(f"{number:08d}", {extension: data, "txt": caption, "json": meta}), group)
 
 
 def _caption(folder: Path, path: Path) -> tuple[str, str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import ConfigError
-from mmcontrast.shards import MANIFEST, describe_shard, find_shards, read_manifest, write_manifest
+from mmcontrast.shard_writer import describe_shard, write_manifest
+from mmcontrast.shards import MANIFEST, find_shards, read_manifest
 
 
 def prepare(folder: Path, *, overwrite: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import ConfigError
-from mmcontrast.shards import Sample, ShardWriter, clear_shards
+from mmcontrast.shard_writer import Sample, ShardWriter, clear_shards
 
 SPLITS = ("train", "val", "test")
 _SHOWN = 10

@@ -13,7 +13,8 @@ from typing import Any, cast
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
 from mmcontrast.decode import image
-from mmcontrast.shards import FORMATS, BadSample, Sample
+from mmcontrast.shard_writer import Sample
+from mmcontrast.shards import FORMATS, BadSample
 
 Row = Mapping[str, Any]
 

@@ -15,21 +15,25 @@ from torch import Tensor
 from mmcontrast.shards import BadSample
 
 MAX_PIXELS = 64 << 20
+_ORIENTATION = 0x0112  # EXIF tag
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # never "every format Pillow knows": EPS would call Ghostscript
 
 
 def image(data: bytes) -> Tensor:
-    """JPEG, PNG or WebP -> uint8 [3, H, W] RGB; transparent parts become white.
+    """JPEG, PNG or WebP -> uint8 [3, H, W] RGB, upright; transparent parts become white.
 
     Raises:
         BadSample: not such a picture, cut off, or above `MAX_PIXELS`, which is checked before decoding.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
                 raise BadSample(f"image above {MAX_PIXELS >> 20} megapixels")
+            # A telephone stores pictures as its sensor lay.
+            turned = opened.getexif().get(_ORIENTATION, 1) != 1
+            picture = ImageOps.exif_transpose(opened) if turned else opened
             if picture.mode.startswith("I"):
                 # Pillow would clip 16 bits to 8: all above 255 would become white.
                 deep = np.asarray(picture, dtype=np.int64).clip(0, 65535)

@@ -16,7 +16,7 @@ from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.objectives.base import Block, Objective, Totals
 from mmcontrast.optim import AdamW
-from mmcontrast.shards import Sample, ShardWriter
+from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.trainer import Trainer
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black")

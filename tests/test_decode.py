@@ -112,6 +112,21 @@ def test_cmyk_and_grey_jpeg_become_rgb() -> None:
     assert grey.shape == (3, 3, 5) and (grey.int() - 77).abs().max() <= 2
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_that_lies_on_its_side_is_turned_upright(orientation: int) -> None:
+    """EXIF's eight orientations: the corner that is stored first, seen upright."""
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:4, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    got = image(encoded(Image.fromarray(stored), "PNG", exif=exif))
+    assert got.shape == ((3, 8, 16) if orientation < 5 else (3, 16, 8))
+    bright = got[0].nonzero().double().mean(0) / torch.tensor(got.shape[1:])
+    top, left = (bool(v) for v in bright < 0.5)
+    corner = {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1), 5: (1, 1), 6: (1, 0), 7: (0, 0), 8: (0, 1)}
+    assert (top, left) == corner[orientation]
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n"
 
 

@@ -22,7 +22,7 @@ from mmcontrast.eval.report import answer, as_table
 from mmcontrast.eval.retrieval import Retrieval, best_ranks, clip_benchmark_names
 from mmcontrast.eval.statistics import bootstrap, chance_recall
 from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
-from mmcontrast.shards import Sample
+from mmcontrast.shard_writer import Sample
 from tests import tiny
 
 

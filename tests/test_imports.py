@@ -17,6 +17,7 @@ MAY = {
     "tar": set[str](),
     "batch": {"config"},
     "shards": {"config", "tar"},
+    "shard_writer": {"config", "tar", "shards"},
     "decode": {"config", "shards"},
     "encoders": LOW | {"encoders"},
     "objectives": {"config", "batch", "objectives"},
@@ -28,7 +29,7 @@ MAY = {
     "trainer": LOW | {"encoders", "objectives", "sharding", "cached", "data", "optim", "checkpoint"},
     "recipe": {"config", "checkpoint", "trainer"},
     "eval": LOW | {"encoders", "data", "checkpoint", "eval"},
-    "data_prep": LOW | {"data_prep"},
+    "data_prep": LOW | {"shard_writer", "data_prep"},
     "quickstart": {"config"},
 }
 

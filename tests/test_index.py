@@ -22,7 +22,7 @@ from mmcontrast import load
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.index import Index, build_index
 from mmcontrast.eval.report import search_page
-from mmcontrast.shards import Sample
+from mmcontrast.shard_writer import Sample
 from tests import tiny
 
 HOSTILE = "<script>alert(\"x\")</script> & 'quotes'"

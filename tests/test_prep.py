@@ -17,7 +17,8 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep import emoji, folder, index, table
 from mmcontrast.data_prep.split import Item, Refused, shares, split_of, write_splits
-from mmcontrast.shards import MANIFEST, Sample, open_shards
+from mmcontrast.shard_writer import Sample
+from mmcontrast.shards import MANIFEST, open_shards
 
 SPLITS = ("train", "val", "test")
 
@@ -176,6 +177,14 @@ def test_equal_captions_stay_on_one_side(tmp_path: Path) -> None:
     captions = {split: {s["txt"] for s in samples} for split, samples in written(tmp_path / "out").items()}
     assert len(everything(tmp_path / "out")) == 60 and min(map(len, captions.values())) > 0
     assert len(set.union(*captions.values())) == sum(map(len, captions.values())) == 20
+
+
+def test_a_class_without_captions_is_divided(tmp_path: Path) -> None:
+    for i in range(60):
+        put(tmp_path / "in" / ("cat" if i % 2 else "dog") / f"{i}.png", picture(i))
+    folder.prepare(tmp_path / "in", tmp_path / "out", val=0.25, test=0.25)
+    labels = {split: {s["json"]["label"] for s in samples} for split, samples in written(tmp_path / "out").items()}
+    assert labels == {split: {"cat", "dog"} for split in ("train", "val", "test")}
 
 
 def test_file_names_that_are_not_unicode_do_not_stop_it(tmp_path: Path) -> None:

@@ -23,17 +23,8 @@ import pytest
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep import index as prep_index
-from mmcontrast.shards import (
-    MANIFEST,
-    BadSample,
-    Sample,
-    ShardSet,
-    ShardWriter,
-    find_shards,
-    index_path,
-    open_shards,
-    scan,
-)
+from mmcontrast.shard_writer import Sample, ShardWriter
+from mmcontrast.shards import MANIFEST, BadSample, ShardSet, find_shards, index_path, open_shards, scan
 
 BLOCK = 512
 
@@ -723,7 +714,7 @@ def test_members_that_no_reader_would_take_are_refused(tmp_path: Path, members: 
 
 
 def test_a_member_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcontrast.shards.MAX_MEMBER_BYTES", 1 << 20)
+    monkeypatch.setattr("mmcontrast.shard_writer.MAX_MEMBER_BYTES", 1 << 20)
     with ShardWriter(tmp_path) as writer, pytest.raises(ConfigError, match="jpg is above 1 MiB"):
         writer.write(Sample("a", {"jpg": bytes((1 << 20) + 1)}))
 

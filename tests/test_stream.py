@@ -26,7 +26,8 @@ from mmcontrast.data import Stream
 from mmcontrast.data.order import Order
 from mmcontrast.data.stream import Reader
 from mmcontrast.encoders.image import ViT
-from mmcontrast.shards import Sample, ShardWriter, open_shards
+from mmcontrast.shard_writer import Sample, ShardWriter
+from mmcontrast.shards import open_shards
 
 SIDE = 12
 

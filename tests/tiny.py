@@ -15,7 +15,7 @@ from PIL import Image
 from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.config import to_dict
 from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
-from mmcontrast.shards import Sample, ShardWriter
+from mmcontrast.shard_writer import Sample, ShardWriter
 
 COLOURS = {
     "red": (220, 30, 30),
