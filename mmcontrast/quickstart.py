@@ -33,7 +33,7 @@ def run(out: Path, json_file: Path | None, command: Callable[[Sequence[str]], No
     data, model, index = f"{out}/data", f"{out}/run", f"{out}/index"
     lines = [
         ["prep", "emoji", data],
-        ["train", "emoji", "--out", model, "--data.shards", f"{data}/train"],
+        ["train", "emoji", "--out", model, "--data.shards", f"{data}/train", "--evaluators.val.data", f"{data}/val"],
         ["eval", model, f"{data}/test", f"{data}/style", "--json", f"{out}/eval.json"],
         ["index", "build", model, f"{data}/test", index, "--json", f"{out}/index.json"],
         ["index", "search", index, *QUERIES, "--html", f"{out}/search.html", "--json", f"{out}/search.json"],

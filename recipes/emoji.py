@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmcontrast.encoders import TimmImage
+from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.recipes import image_text
 from mmcontrast.trainer import Trainer
 
@@ -21,6 +22,7 @@ def recipe() -> Trainer.Config:
     config.out = Path("runs/emoji")
     config.data.shards = ("data/emoji/train",)
     config.data.workers = 1
+    config.evaluators = {"val": Retrieval.Config(data=("data/emoji/val",))}
     config.steps = 60
     config.micro_batch = 128
     return config

@@ -25,6 +25,8 @@ from mmcontrast.checkpoint import (
     read_tensors,
 )
 from mmcontrast.config import ConfigError
+from mmcontrast.eval.retrieval import Retrieval
+from mmcontrast.eval.zero_shot import ZeroShot
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.recipe import load_recipe
 from mmcontrast.trainer import Trainer
@@ -93,6 +95,20 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path: Path, shards: Path) -> No
     z = model.encode("text", ["a red circle", "a blue bar"])
     assert z.shape == (2, 16) and torch.allclose(z.norm(dim=1), torch.ones(2))
     assert len(list_checkpoints(out)) == 1
+
+
+def test_evaluators_run_in_the_loop_and_touch_nothing(tmp_path: Path, shards: Path, uninterrupted: Path) -> None:
+    evaluators = {
+        "names": ZeroShot.Config(data=(str(shards),)),
+        "pairs": Retrieval.Config(data=(str(shards),), k=(1, 5)),
+    }
+    fit(settings(tmp_path / "run", shards, evaluators=evaluators, eval_every=3))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "eval/names/acc1" in line]
+    assert [line["step"] for line in evaluated] == [3, 6, 8]
+    assert all(0 <= line["eval/pairs/image_to_text_recall@5"] <= 1 for line in evaluated)
+    assert evaluated[-1]["eval/names/acc1"] == ZeroShot(evaluators["names"]).run(load(tmp_path / "run"))["acc1"]
+    assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
 
 
 def test_config_json_is_a_recipe_that_repeats_the_run(tmp_path: Path, shards: Path, uninterrupted: Path) -> None:
