@@ -13,7 +13,7 @@ from typing import Any
 
 from mmcontrast.config import ConfigError
 
-QUERIES = ("a fruit", "an animal with wings", "something to write with")
+QUERIES = ("an animal with wings", "a person at work", "clothes")
 _MARK = "quickstart.json"
 
 

@@ -24,5 +24,5 @@ def recipe() -> Trainer.Config:
     config.data.workers = 1
     config.evaluators = {"val": Retrieval.Config(data=("data/emoji/val",))}
     config.steps = 60
-    config.micro_batch = 128
+    config.micro_batch = config.block = 128
     return config
