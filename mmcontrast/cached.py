@@ -4,9 +4,9 @@ Three moves: (1) encode micro-batches without a graph, (2) take the loss and its
 collectives and all of the loss's own randomness, once, (3) encode each micro-batch again and send its rows of that
 gradient through the encoders. The last micro-batch keeps its graph from (1) and needs no second forward.
 
-Randomness of the encoders (dropout, patch dropout) is a function of (seed, step, global row): each micro-batch is
+Randomness of the encoders (dropout, patch dropout) is a function of (seed, step, first row): each micro-batch is
 seeded before it is encoded, so the second forward repeats the first, a resumed run repeats the uninterrupted one, and
-nothing has to be saved.
+nothing has to be saved. Other micro-batches draw other masks.
 """
 
 from __future__ import annotations

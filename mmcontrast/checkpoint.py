@@ -54,14 +54,19 @@ class Checkpoints(Configurable):
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write `step-N/`: a safetensors file per entry of `tensors`, and `state` as JSON. One process calls it.
 
+        A step is saved once: what stands is never replaced.
+
         Raises:
             OSError: the disk is full or cannot be written; older checkpoints are untouched.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         final = self.folder / f"step-{step:06d}"
         temporary = final.with_name(final.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
+        if final.exists():
+            raise FileExistsError(f"{final} is there already")
         temporary.mkdir(parents=True)
         try:
             for name, content in tensors.items():
@@ -74,17 +79,14 @@ class Checkpoints(Configurable):
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
-        except BaseException:
+                sync(path)
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, SafetensorError):
+                raise OSError(f"{temporary} cannot be written: {error}") from None
             raise
-        replaced = final.with_name(final.name + ".old")
-        shutil.rmtree(replaced, ignore_errors=True)  # of a save that was killed
-        if final.exists():
-            final.rename(replaced)
         temporary.rename(final)
-        _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        sync(self.folder)
         for _, old in list_checkpoints(self.folder)[: -self.config.keep]:
             shutil.rmtree(old)
         return final
@@ -238,7 +240,8 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

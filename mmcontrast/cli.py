@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mmcontrast.config import ConfigError
+from mmcontrast.config import ConfigError, RunError
 
 Positional = tyro.conf.Positional
 
@@ -264,6 +264,7 @@ def index_search(
         for place, hit in enumerate(hits, 1):
             print(f"  {place}. {hit.score:.3f}  {hit.key}  {hit.text or ''}")
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(search_page(opened, queries, answers), "utf-8")
         print(f"wrote {html}", file=sys.stderr)
     _write_json(
@@ -326,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error))
     except BrokenPipeError:
         os._exit(141)  # the reader of our output went away: nothing is wrong, and nothing can be said
-    except (FloatingPointError, OSError) as error:  # a run that diverged, a disk that is full
+    except (RunError, FloatingPointError, OSError) as error:  # a dead worker, a run that diverged, a full disk
         fail(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)

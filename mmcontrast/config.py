@@ -31,6 +31,10 @@ class ConfigError(ValueError):
     """A setting or an input that cannot be used; its text is all that a person needs to mend it."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, by no fault of its settings; its text is all that a person needs."""
+
+
 class Configurable:
     """A class whose settings are the dataclass `Config` nested in it."""
 

@@ -31,6 +31,10 @@ class AdamW(Configurable):
     def __init__(self, config: Config) -> None:
         if config.lr <= 0:
             raise ConfigError(f"lr is {config.lr}; it must be above 0")
+        if not all(0 <= beta < 1 for beta in config.betas):
+            raise ConfigError(f"betas are {config.betas}; both must be in 0..1, without 1")
+        if config.eps <= 0 or config.weight_decay < 0:
+            raise ConfigError(f"eps {config.eps} must be above 0, weight_decay {config.weight_decay} not below 0")
         self.config = config
 
     def groups(self, model: nn.Module, objectives: nn.Module) -> list[dict[str, object]]:
@@ -67,7 +71,7 @@ class Cosine(Configurable):
         warmup: float = 0.1
         """Share of the steps over which the rate rises linearly."""
         final: float = 0.0
-        """Rate at the last step, relative to the top."""
+        """Rate that the cosine falls to, relative to the top; the last step is one short of it."""
 
     def __init__(self, config: Config) -> None:
         if not 0 <= config.warmup < 1 or not 0 <= config.final <= 1:

@@ -116,18 +116,20 @@ def value_and_grad(
         objectives: name -> objective; the loss is the sum of weight * objective.
         z: modality -> [n, D] of this rank, float32 or float64; the rows that lack the modality are not looked at.
         present: modality -> [n] bool.
-        ids: [n] int64 sample ids.
+        ids: [n] int64 sample ids; n must be the same on every rank.
         groups: name -> [n] int64 labels.
         block: anchors looked at in one go, which bounds the score tile to [block, N]; None takes all of the rank.
         step: the optimizer step, seed of whatever an objective draws.
         world: the ranks that share the batch; by default all.
 
     Raises:
-        ValueError: an objective reads a modality that `z` lacks, or `block` is not positive.
+        ValueError: an objective reads a modality that `z` lacks, no rows, or `block` is not positive.
     """
     world = world or World()
     if block is not None and block < 1:
         raise ValueError(f"block is {block}; it must be at least 1, or None for one block per rank")
+    if not len(ids):
+        raise ValueError("this rank has no rows; every rank needs the same number, at least 1")
     for name, objective in objectives.items():
         for modality in objective.modalities:
             if modality not in z:
@@ -305,6 +307,8 @@ def _grad(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor] | None = None
 ) -> list[Tensor | None]:
     """Gradients of the weighted sum of outputs; None for inputs that no output depends on."""
+    if not any(output.requires_grad for output in outputs):  # a constant, such as a term without any valid row
+        return [None] * len(inputs)
     return list(torch.autograd.grad(outputs, inputs, weights, allow_unused=True))
 
 
@@ -325,10 +329,11 @@ def _finalize(
     objective: Objective, totals: Totals, batch: _GlobalBatch, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Totals, Sequence[Tensor | None]]:
     """The loss, its gradient with respect to every total, and with respect to what finalize itself reads."""
-    leaves = Totals(
-        {k: t.detach().requires_grad_() for k, t in totals.sums.items()},
-        {k: t.detach().requires_grad_() for k, t in totals.logsumexps.items()},
-    )
+
+    def leaf(total: Tensor) -> Tensor:
+        return total.detach().to(torch.promote_types(total.dtype, torch.float32)).requires_grad_()  # counts too
+
+    leaves = Totals({k: leaf(t) for k, t in totals.sums.items()}, {k: leaf(t) for k, t in totals.logsumexps.items()})
     loss = objective.finalize(leaves, batch.present)
     inputs = [*leaves.sums.values(), *leaves.logsumexps.values()]
     gradients = _grad([loss], [*inputs, *parameters])

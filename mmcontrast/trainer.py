@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -25,14 +25,16 @@ from mmcontrast.batch import Batch, MicroBatch
 from mmcontrast.cached import batch_coupled_layers, forward_backward
 from mmcontrast.checkpoint import (
     Checkpoints,
+    list_checkpoints,
     load_optimizer,
     names_of,
     optimizer_tensors,
     read_config,
     read_state,
     read_tensors,
+    sync,
 )
-from mmcontrast.config import ConfigError, Configurable, to_dict
+from mmcontrast.config import ConfigError, Configurable, suggest, to_dict
 from mmcontrast.data.stream import Stream
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.objectives.base import Objective
@@ -40,7 +42,7 @@ from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
 from mmcontrast.sharding import Result, World, value_and_grad
 
 _FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "micro_batch", "block")
-_FREE_DATA = ("workers", "timeout", "max_bad_fraction")
+_FREE_DATA = ("shards", "workers", "timeout", "max_bad_fraction")  # which data they are, the fingerprint says
 
 
 class Evaluator(Protocol):
@@ -71,7 +73,7 @@ class Trainer(Configurable):
         out: Path = Path("runs/run")
         """The run folder; a run that is there already goes on."""
         micro_batch: int = 256
-        """Samples that a rank encodes at once; bounds activation memory and changes no gradient."""
+        """Samples that a rank encodes at once; bounds memory and changes no gradient (with dropout, other masks)."""
         block: int | None = 1024
         """Anchors whose scores a rank holds at once; bounds the loss's memory and changes no gradient."""
         optimizer: AdamW.Config = field(default_factory=AdamW.Config)
@@ -132,6 +134,12 @@ class Trainer(Configurable):
                 if modality not in self.model.modalities:
                     known = ", ".join(self.model.modalities)
                     raise ConfigError(f"objective {name!r} reads the modality {modality!r}; the model has {known}")
+        for modality in self.model.modalities:
+            if not any(modality in term.modalities for term in self.terms.values()):
+                raise ConfigError(
+                    f"no objective reads the modality {modality!r}; leave its tower out, or name it in one"
+                )
+        self.evaluators: dict[str, Evaluator] = {name: e.build() for name, e in config.evaluators.items()}
         self.stream: Stream = config.data.build(
             self.model.transforms(train=True),
             seed=config.seed,
@@ -139,7 +147,8 @@ class Trainer(Configurable):
             rank=self.world.rank,
             world=self.world.size,
         )
-        self.wrapped: nn.Module = self.accelerator.prepare_model(self.model)
+        trains = any(p.requires_grad for p in self.model.parameters())  # else only the objectives do; DDP refuses that
+        self.wrapped: nn.Module = self.accelerator.prepare_model(self.model, evaluation_mode=not trains)
         optimizer: AdamW = config.optimizer.build()
         self.optimizer = optimizer.optimizer(self.model, self.objectives)
         self.schedule: Cosine = config.schedule.build()
@@ -178,10 +187,10 @@ class Trainer(Configurable):
         for step, batch in zip(range(first, steps), batches, strict=True):
             values = self.step(step, batch.to(self.device))
             report.after(step, batch, values)
-            if self._due(self.config.eval_every, step):
-                report.write(step + 1, self._evaluate(step))
             if self._due(self.config.checkpoint.every, step):
-                self._save(step + 1)
+                self._save(step + 1)  # first: an evaluation that fails must not cost what was trained
+            if self._due(self.config.eval_every, step):
+                report.write(step + 1, self._evaluate())
         report.close()
         if self.config.trackers:
             self.accelerator.end_training()
@@ -249,15 +258,23 @@ class Trainer(Configurable):
         last = step + 1 == self.config.steps
         return last or (every is not None and (step + 1) % every == 0)
 
-    def _evaluate(self, step: int) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        problem: str | None = None
         if self.is_main:
-            for name, config in self.config.evaluators.items():
-                evaluator: Evaluator = config.build()
-                for key, value in evaluator.run(self.model).items():
-                    found[f"eval/{name}/{key}"] = value
-        self.accelerator.wait_for_everyone()
+            try:
+                for name, evaluator in self.evaluators.items():
+                    found |= {f"eval/{name}/{key}": value for key, value in evaluator.run(self.model).items()}
+            except ConfigError as error:
+                problem = str(error)
+        self._stop_together(problem)
         return found
+
+    def _stop_together(self, problem: str | None) -> None:
+        """Raise rank 0's problem on every rank: one that went on alone would wait for the others in vain."""
+        problem = self.world.gather_objects(problem)[0]
+        if problem:
+            raise ConfigError(problem)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -268,7 +285,7 @@ class Trainer(Configurable):
                 "objectives": self.objectives.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer, self.names),
             }
-            self.checkpoints.save(step, tensors, {"stream": self.stream.state(), "ranks": self.world.size})
+            self.checkpoints.save(step, tensors, {"stream": self.stream.state()})
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
@@ -283,10 +300,8 @@ class Trainer(Configurable):
                 newest = str(found) if found else None
             except (ConfigError, OSError) as error:
                 problem = str(error)
-        # Rank 0 looked; all go where it says, or stop together.
-        problem, newest = self.world.gather_objects((problem, newest))[0]
-        if problem:
-            raise ConfigError(problem)
+        self._stop_together(problem)
+        newest = self.world.gather_objects(newest)[0]
         if newest is None:
             return 0
         state = read_state(Path(newest))
@@ -304,7 +319,9 @@ class Trainer(Configurable):
     def _claim(self, out: Path) -> None:
         """Write config.json and the towers' assets, or check that the run in the folder has these settings."""
         config = to_dict(self.config)
-        if (out / "config.json").exists():
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out} is a file; name a folder with --out")
+        if (out / "config.json").exists() and list_checkpoints(out):
             changed = _differences(read_config(out), config)
             if changed:
                 raise ConfigError(
@@ -315,6 +332,7 @@ class Trainer(Configurable):
         self.model.save_assets(out / "assets")
         temporary = out / "config.json.tmp"
         temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        sync(temporary)
         temporary.replace(out / "config.json")
 
     # -------------------------------------------------------------------------------------------- reports
@@ -383,6 +401,7 @@ class _Report:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         steps = step + 1 - self.started
         line: dict[str, Any] = {name: float(value) for name, value in values.items()}
+        line["epoch"] = (step + 1) * self.config.global_batch / self.trainer.stream.order.per_epoch
         line["samples_per_second"] = steps * self.config.global_batch / elapsed
         line["data_wait"] = self.waited / elapsed
         line["skipped"] = self.trainer.count_skipped((step + 1 - self.first) * self.config.global_batch)
@@ -410,12 +429,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Keep the lines up to a step; a line that a crash cut short is dropped too."""
     kept: list[str] = []
     for line in path.read_text("utf-8").splitlines(keepends=True):
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
-        except ValueError:
-            continue
-    path.write_text("".join(kept), "utf-8")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), "utf-8")
+    temporary.replace(path)
 
 
 def _check(config: Trainer.Config) -> None:
@@ -427,6 +446,18 @@ def _check(config: Trainer.Config) -> None:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1, or None")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm is {config.clip_norm}; it must be above 0, or None")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed is {config.seed}; it must be in 0..2^63 - 1")
+    for name in config.objectives:
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ConfigError(f"the objective name {name!r} must be an identifier such as clip, and no word of torch's")
+    if config.trackers:
+        from accelerate.tracking import get_available_trackers
+
+        known = {tracker.value for tracker in get_available_trackers()}
+        for tracker in config.trackers:
+            if tracker not in known:
+                raise ConfigError(f"the tracker {tracker!r} is not installed or not known{suggest(tracker, known)}")
     if not config.objectives:
         raise ConfigError("the recipe has no objectives: there is nothing to train on")
 

@@ -23,6 +23,7 @@ def recipe() -> Trainer.Config:
     config.data.shards = ("data/emoji/train",)
     config.data.workers = 1
     config.evaluators = {"val": Retrieval.Config(data=("data/emoji/val",))}
+    config.checkpoint.every = 20
     config.steps = 60
     config.micro_batch = config.block = 128
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.data import Stream
 from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
 from mmcontrast.objectives import InfoNCE
@@ -37,6 +38,7 @@ def recipe() -> Trainer.Config:
         data=Stream.Config(shards=("data/emoji/train",), workers=1),
         objectives={"clip": InfoNCE.Config()},
         optimizer=AdamW.Config(lr=1e-3, weight_decay=0.1),
+        checkpoint=Checkpoints.Config(every=50),
         steps=200,
         global_batch=256,
         micro_batch=128,

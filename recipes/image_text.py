@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.config import ConfigError
 from mmcontrast.data import Stream
 from mmcontrast.encoders import HFText, MultiEncoder, TimmImage
@@ -49,6 +50,7 @@ def recipe() -> Trainer.Config:
         data=Stream.Config(shards=("data/mine/train",)),
         objectives={"clip": InfoNCE.Config()},
         optimizer=AdamW.Config(lr=1e-3, weight_decay=0.1),
+        checkpoint=Checkpoints.Config(every=50),
         steps=200,
         global_batch=256,
         micro_batch=64,

@@ -90,7 +90,7 @@ class Drift(Objective):
     def partial(self, block: Block) -> Totals:
         here = block.present["image"][block.rows]
         distance = (block.anchors["image"] - self.mean).square().sum(1)
-        return Totals({"distance": (self.gain * distance * here).sum(), "unused": torch.ones(2).double()})
+        return Totals({"distance": (self.gain * distance * here).sum(), "count": torch.tensor(len(block.rows))})
 
     def finalize(self, totals: Totals, present: Mapping[str, Tensor]) -> Tensor:
         return totals.sums["distance"] / present["image"].sum() + (self.gain.square() * 3).sum()

@@ -162,6 +162,8 @@ def test_an_unknown_modality_is_named() -> None:
     with pytest.raises(ValueError, match="'clip' reads the modality 'audio'"):
         objective = InfoNCE.Config(pairs=(("image", "audio"),)).build()
         value_and_grad({"clip": objective}, _embeddings(2), _everyone(2), torch.arange(2))
+    with pytest.raises(ValueError, match="this rank has no rows"):
+        value_and_grad({"c": InfoNCE.Config().build()}, _embeddings(0), _everyone(0), torch.arange(0))
     with pytest.raises(ValueError, match="block is 0"):
         value_and_grad({"c": InfoNCE.Config().build()}, _embeddings(2), _everyone(2), torch.arange(2), block=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from mmcontrast.config import ConfigError
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.eval.zero_shot import ZeroShot
 from mmcontrast.objectives import InfoNCE
+from mmcontrast.optim import AdamW
 from mmcontrast.recipe import load_recipe
 from mmcontrast.trainer import Trainer
 from tests.shapes import NaNAtStepTwo, recipe, write_shapes
@@ -98,16 +100,14 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path: Path, shards: Path) -> No
 
 
 def test_evaluators_run_in_the_loop_and_touch_nothing(tmp_path: Path, shards: Path, uninterrupted: Path) -> None:
-    evaluators = {
-        "names": ZeroShot.Config(data=(str(shards),)),
-        "pairs": Retrieval.Config(data=(str(shards),), k=(1, 5)),
-    }
+    names = ZeroShot.Config(data=(str(shards),))
+    evaluators = {"names": names, "pairs": Retrieval.Config(data=(str(shards),), k=(1, 5))}
     fit(settings(tmp_path / "run", shards, evaluators=evaluators, eval_every=3))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "eval/names/acc1" in line]
     assert [line["step"] for line in evaluated] == [3, 6, 8]
     assert all(0 <= line["eval/pairs/image_to_text_recall@5"] <= 1 for line in evaluated)
-    assert evaluated[-1]["eval/names/acc1"] == ZeroShot(evaluators["names"]).run(load(tmp_path / "run"))["acc1"]
+    assert evaluated[-1]["eval/names/acc1"] == ZeroShot(names).run(load(tmp_path / "run"))["acc1"]
     assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
 
 
@@ -195,6 +195,8 @@ def test_old_checkpoints_go_only_after_the_new_one_stands(tmp_path: Path) -> Non
         checkpoints.save(step, {"model": {"w": torch.full((3,), float(step))}}, {"note": step})
     assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3]
     assert read_state(tmp_path / "step-000003") == {"step": 3, "note": 3}
+    with pytest.raises(FileExistsError):  # what stands is never replaced
+        checkpoints.save(3, {"model": {"w": torch.zeros(3)}}, {})
     with pytest.raises(RuntimeError):  # a tensor that cannot be written
         checkpoints.save(4, {"model": {"w": torch.empty(3, device="meta")}}, {})
     assert [s for s, _ in list_checkpoints(tmp_path)] == [2, 3]
@@ -212,7 +214,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     checkpoints.save(2, {"model": {"w": torch.zeros(100_000)}}, {})
-except Exception as error:
+except OSError as error:
     print("refused", [step for step, _ in list_checkpoints(Path(sys.argv[1]))])
 """
 
@@ -250,6 +252,59 @@ def test_other_data_under_the_same_name_are_refused(tmp_path: Path) -> None:
     write_shapes(data, missing=True)
     with pytest.raises(ConfigError, match="was trained with data"):
         fit(settings(tmp_path / "run", data, steps=2))
+
+
+def test_data_that_moved_are_the_same_data(tmp_path: Path, uninterrupted: Path) -> None:
+    here, there = write_shapes(tmp_path / "here"), tmp_path / "there"
+    fit(settings(tmp_path / "run", here, steps=8))
+    shutil.rmtree(tmp_path / "run" / "step-000008")
+    here.rename(there)
+    fit(settings(tmp_path / "run", there, steps=8))
+    assert_equal(weights(tmp_path / "run"), weights(uninterrupted))
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    wrong = settings(out, shards, steps=2, objectives={"clip": InfoNCE.Config(never_negative=("color",))})
+    with pytest.raises(ConfigError, match="'color', which the data do not carry"):
+        fit(wrong)
+    wrong.data.groups = ("color",)
+    fit(wrong)
+    assert [step for step, _ in list_checkpoints(out)] == [2]
+    assert json.loads((out / "config.json").read_text())["data"]["groups"] == ["color"]
+
+
+def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path, shards: Path) -> None:
+    config = settings(tmp_path / "run", shards, evaluators={"v": Retrieval.Config(data=("nowhere",))})
+    config.checkpoint = Checkpoints.Config()
+    with pytest.raises(ConfigError, match="no shards match 'nowhere'"):
+        fit(config)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [8]
+    config.evaluators = {"v": Retrieval.Config(data=(str(shards),), k=())}
+    with pytest.raises(ConfigError, match="k is"):
+        config.build()  # before any step
+
+
+def test_metrics_survive_a_line_that_was_cut_short(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    fit(settings(out, shards, steps=4))
+    shutil.rmtree(out / "step-000004")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('5\n{"step": 4, "lo')
+    fit(settings(out, shards, steps=4))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines] == pytest.approx([8 / 24, 16 / 24, 1, 32 / 24])
+
+
+def test_two_ranks_may_train_the_objective_alone(tmp_path: Path, shards: Path) -> None:
+    flags = ["--model.encoders.image.freeze", "all", "--model.encoders.text.freeze", "all", "--steps", "3"]
+    flags += ["--model.projection", "none", "--model.dim", "32", "--checkpoint.every", "1"]
+    run(*command(tmp_path / "two", shards, *flags, ranks=2))
+    scale = [read_tensors(p, "objectives")["clip.log_scale"] for _, p in list_checkpoints(tmp_path / "two")]
+    assert len({float(s) for s in scale}) == 3
+    run(*command(tmp_path / "one", shards, *flags))
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-6)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, shards: Path) -> None:
@@ -308,6 +363,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, shards: Path) -> 
         ({"block": 0}, "block is 0"),
         ({"objectives": {}}, "no objectives"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"optimizer": AdamW.Config(betas=(1.0, 0.9))}, "betas are"),
+        ({"optimizer": AdamW.Config(weight_decay=-1.0)}, "weight_decay -1.0"),
+        ({"trackers": ("tensorbord",)}, "'tensorbord' is not installed or not known"),
+        ({"objectives": {"a.b": InfoNCE.Config()}}, "objective name 'a.b'"),
+        ({"objectives": {"keys": InfoNCE.Config()}}, "objective name 'keys'"),
+        ({"objectives": {"nan": NaNAtStepTwo.Config()}}, "no objective reads the modality 'text'"),
         ({"objectives": {"clip": InfoNCE.Config(pairs=(("image", "audio"),))}}, "reads the modality 'audio'"),
     ):
         with pytest.raises(ConfigError, match=words):

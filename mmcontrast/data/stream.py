@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmcontrast.batch import Batch
-from mmcontrast.config import ConfigError, Configurable, suggest
+from mmcontrast.config import ConfigError, Configurable, RunError, suggest
 from mmcontrast.data.order import Order
 from mmcontrast.decode import DECODERS, metadata
 from mmcontrast.randomness import fold_seed
@@ -287,7 +287,7 @@ def _raising(found: Iterator[Batch | ConfigError], step: int) -> Iterator[Batch]
             except StopIteration:
                 return
             except RuntimeError as error:
-                batch = RuntimeError(
+                batch = RunError(
                     f"reading step {step} failed: {error}; a worker that was killed mostly had no memory left: "
                     "lower data.workers. One that hung: raise data.timeout, or see that the shards' disk answers"
                 )

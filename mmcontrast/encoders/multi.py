@@ -42,6 +42,8 @@ class MultiEncoder(nn.Module, Configurable):
         super().__init__()
         if not config.encoders:
             raise ConfigError("the model has no encoders; name at least one modality")
+        if config.dim < 1:
+            raise ConfigError(f"dim is {config.dim}; the shared space needs at least 1 dimension")
         self.config = config
         self.encoders = nn.ModuleDict()
         self.projections = nn.ModuleDict()
