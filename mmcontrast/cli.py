@@ -118,9 +118,10 @@ def train(arguments: Sequence[str]) -> None:
     """`train RECIPE [--overrides]`: the recipe's own settings are the flags."""
     from mmcontrast.recipe import load_recipe
 
-    if not arguments or arguments[0].startswith("-"):
-        tyro.cli(_train_usage, prog="mmcontrast train", args=list(arguments))
-        return
+    if arguments[0] in ("-h", "--help"):
+        tyro.cli(_train_usage, prog="mmcontrast train", args=["--help"])
+    if arguments[0].startswith("-"):
+        raise ConfigError(f"the recipe comes first: mmcontrast train RECIPE {arguments[0]} …")
     name, trust, rest = arguments[0], *_take_trust(arguments[1:])
     recipe = load_recipe(name, trust)
     config = tyro.cli(type(recipe), default=recipe, prog=f"mmcontrast train {name}", args=rest, description="")
@@ -139,7 +140,7 @@ def _train_usage(recipe: Positional[str]) -> None:
 
     Args:
         recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json. With `--trust MODULE`
-            a config.json may name classes of that module.
+            (or a .py file) a config.json may name classes of that module.
     """
 
 
@@ -180,7 +181,7 @@ def evaluate(
         pair: the modalities of retrieval; the first one is what zero_shot classifies.
         group: metadata field whose equal values are right answers to each other in retrieval.
         json_file: also write the results here, one object per data set and task.
-        trust: modules whose classes the run's config may name.
+        trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.report import answer, as_table
 
@@ -209,7 +210,7 @@ def index_build(
         modality: what to index.
         overwrite: replace an index that is there.
         json_file: also write the manifest here.
-        trust: modules whose classes the run's config may name.
+        trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.index import build_index
 
@@ -250,7 +251,7 @@ def index_search(
         model: where the model lies now, if it moved.
         html: also write a page with the pictures.
         json_file: also write the answers here.
-        trust: modules whose classes the run's config may name.
+        trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.index import Index
     from mmcontrast.eval.report import search_page

@@ -10,10 +10,9 @@ import json
 import math
 import os
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -37,6 +36,7 @@ from mmcontrast.checkpoint import (
 from mmcontrast.config import ConfigError, Configurable, suggest, to_dict
 from mmcontrast.data.stream import Stream
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.health import Report
 from mmcontrast.objectives.base import Objective
 from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
 from mmcontrast.sharding import Result, World, value_and_grad
@@ -182,11 +182,22 @@ class Trainer(Configurable):
         if self.config.trackers:
             self.accelerator.init_trackers("mmcontrast", config={"config": json.dumps(to_dict(self.config))})
         values: dict[str, Any] = {}
-        report = _Report(self, first)
-        batches = self._waited(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"), report)
+        report = Report(
+            self.config.out / "metrics.jsonl",
+            first=first,
+            steps=steps,
+            log_every=self.config.log_every,
+            global_batch=self.config.global_batch,
+            per_epoch=self.stream.order.per_epoch,
+            main=self.is_main,
+            count_skipped=self.count_skipped,
+            track=self.accelerator.log if self.config.trackers else None,
+        )
+        batches = report.timed(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"))
         for step, batch in zip(range(first, steps), batches, strict=True):
             values = self.step(step, batch.to(self.device))
-            report.after(step, batch, values)
+            self.skipped.update((shard, reason) for shard, _, reason in batch.skipped)
+            report.after(step, values)
             if self._due(self.config.checkpoint.every, step):
                 self._save(step + 1)  # first: an evaluation that fails must not cost what was trained
             if self._due(self.config.eval_every, step):
@@ -337,16 +348,6 @@ class Trainer(Configurable):
 
     # -------------------------------------------------------------------------------------------- reports
 
-    def _waited(self, batches: Iterator[Batch], report: _Report) -> Iterator[Batch]:
-        while True:
-            started = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            report.waited += time.perf_counter() - started
-            yield batch
-
     def count_skipped(self, seen: int) -> int:
         """Damaged samples of all ranks so far.
 
@@ -367,74 +368,6 @@ class Trainer(Configurable):
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-
-
-class _Report:
-    """Progress bar, metrics.jsonl and trackers; rates are of the time since the last line."""
-
-    def __init__(self, trainer: Trainer, first: int) -> None:
-        from tqdm import tqdm
-
-        self.trainer, self.config = trainer, trainer.config
-        self.waited = 0.0
-        self.since, self.started, self.first = time.perf_counter(), first, first
-        self.path = self.config.out / "metrics.jsonl"
-        if trainer.is_main and self.path.exists():
-            _drop_lines_after(self.path, first)  # they will be written again
-        slow = None if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(
-            total=self.config.steps,
-            initial=first,
-            desc="train",
-            unit="step",
-            disable=not trainer.is_main,
-            mininterval=slow or 0.1,
-        )
-
-    def after(self, step: int, batch: Batch, values: Mapping[str, Tensor | float]) -> None:
-        """Count a step; write a line when one is due."""
-        for shard, _, reason in batch.skipped:
-            self.trainer.skipped[shard, reason] += 1
-        self.bar.update()
-        if (step + 1) % self.config.log_every and step + 1 != self.config.steps:
-            return
-        elapsed = max(time.perf_counter() - self.since, 1e-9)
-        steps = step + 1 - self.started
-        line: dict[str, Any] = {name: float(value) for name, value in values.items()}
-        line["epoch"] = (step + 1) * self.config.global_batch / self.trainer.stream.order.per_epoch
-        line["samples_per_second"] = steps * self.config.global_batch / elapsed
-        line["data_wait"] = self.waited / elapsed
-        line["skipped"] = self.trainer.count_skipped((step + 1 - self.first) * self.config.global_batch)
-        self.since, self.started, self.waited = time.perf_counter(), step + 1, 0.0
-        scales = {k.rpartition(".")[2]: f"{v:.1f}" for k, v in line.items() if k.endswith("scale")}
-        rate, wait = f"{line['samples_per_second']:.0f}/s", f"{line['data_wait']:.0%}"
-        self.bar.set_postfix({"loss": f"{line['loss']:.3f}", **scales, "samples": rate, "wait": wait})
-        self.write(step + 1, line)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same to the trackers."""
-        if not values:
-            return
-        if self.trainer.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.config.trackers:
-            self.trainer.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step; a line that a crash cut short is dropped too."""
-    kept: list[str] = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        with suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), "utf-8")
-    temporary.replace(path)
 
 
 def _check(config: Trainer.Config) -> None:

@@ -82,6 +82,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "says"),
     [
         (["train", "emojy"], "there is no recipe 'emojy'; did you mean 'emoji'?"),
+        (["train", "--steps", "5", "emoji"], "the recipe comes first"),
         (["train", "nowhere.py"], "nowhere.py'"),
         (["train", RECIPE, "--data.shards", "nowhere"], "no shards match 'nowhere'"),
         (["train", RECIPE, "--data.shards", "pipe:rm -rf x"], "would run a command"),

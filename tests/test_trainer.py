@@ -327,6 +327,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
     assert_equal({k: t.cpu() for k, t in trainer.model.state_dict().items()}, saved)
 
 
+def test_a_tracker_gets_what_metrics_get(tmp_path: Path, shards: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(*command(tmp_path / "run", shards, "--trackers", "tensorboard", "--steps", "4"))
+    files = [EventAccumulator(str(p)).Reload() for p in (tmp_path / "run").rglob("events.out.tfevents.*")]
+    (found,) = [file for file in files if "loss" in file.Tags()["scalars"]]  # another one holds the settings
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [e.step for e in found.Scalars("loss")] == [1, 2, 3, 4]
+    assert [e.value for e in found.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+
 def test_bfloat16_trains(tmp_path: Path, shards: Path) -> None:
     flags = [
         "--precision",
