@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -332,7 +333,9 @@ def test_a_tracker_gets_what_metrics_get(tmp_path: Path, shards: Path) -> None:
 
     run(*command(tmp_path / "run", shards, "--trackers", "tensorboard", "--steps", "4"))
     files = [EventAccumulator(str(p)).Reload() for p in (tmp_path / "run").rglob("events.out.tfevents.*")]
-    (found,) = [file for file in files if "loss" in file.Tags()["scalars"]]  # another one holds the settings
+    (found,) = [
+        file for file in files if "loss" in cast(list[str], file.Tags()["scalars"])
+    ]  # another one holds the settings
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [e.step for e in found.Scalars("loss")] == [1, 2, 3, 4]
     assert [e.value for e in found.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
