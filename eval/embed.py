@@ -14,7 +14,7 @@ from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError
 from mmcontrast.data.stream import Example, Reader
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.shards import FORMATS, BadSample, open_shards
+from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Chunks(Dataset[tuple[Batch, list[Example]]]):
 
 def embed(
     model: MultiEncoder,
-    shards: Sequence[str],
+    shards: Sequence[str] | ShardSet,
     *,
     modalities: Sequence[str] | None = None,
     batch_size: int = 128,
@@ -85,7 +85,7 @@ def embed(
 
     Args:
         model: used in evaluation mode.
-        shards: folders, globs or ranges.
+        shards: folders, globs or ranges; or what they opened as, since opening foreign shards means a scan.
         modalities: which to embed; by default all of the model.
         batch_size: samples encoded at once.
         workers: processes that read and decode; 0 does it in this one.
@@ -95,7 +95,7 @@ def embed(
         ConfigError: shards that cannot be opened, a modality that no sample has, or no sample left.
     """
     transforms = {m: model.encoder(m).transform(train=False) for m in modalities or model.modalities}
-    opened = open_shards(shards)
+    opened = shards if isinstance(shards, ShardSet) else open_shards(shards)
     reader = Reader(opened, transforms)
     chunks = _Chunks(reader, batch_size)
     z: dict[str, list[Tensor]] = {m: [] for m in transforms}
@@ -110,7 +110,8 @@ def embed(
         examples += seen
         skipped += batch.skipped
     if not examples:
-        raise ConfigError(f"none of the {len(opened)} samples of {', '.join(shards)} could be read")
+        folders = dict.fromkeys(str(shard.path.parent) for shard in opened.shards)
+        raise ConfigError(f"none of the {len(opened)} samples of {', '.join(folders)} could be read")
     return Embedded(
         z={m: torch.cat(parts) for m, parts in z.items() if parts},
         rows={m: torch.cat(parts) for m, parts in rows.items() if parts},
@@ -123,13 +124,13 @@ def embed(
     )
 
 
-def has(shards: Sequence[str], model: MultiEncoder, modality: str) -> bool:
+def has(shards: ShardSet, model: MultiEncoder, modality: str) -> bool:
     """Whether any sample of the shards has the modality.
 
     Raises:
-        ConfigError: shards that cannot be opened, or a modality that the model does not have.
+        ConfigError: the model does not have the modality.
     """
-    return any(open_shards(shards).counts.get(e) for e in FORMATS[model.encoder(modality).kind])
+    return any(shards.counts.get(e) for e in FORMATS[model.encoder(modality).kind])
 
 
 def fields_of(meta: Sequence[Mapping[str, Any]]) -> str:

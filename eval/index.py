@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mmcontrast.checkpoint import find_checkpoint, load, model_hash
+from mmcontrast.checkpoint import find_checkpoint, load_checkpoint, model_hash
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.embed import Embedded, embed, has
 from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
@@ -83,11 +83,12 @@ def build_index(
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= set(_FILES)):
         raise ConfigError(f"{out} holds more than an index, and --overwrite would delete it; choose another folder")
     checkpoint = find_checkpoint(model_path)
-    model = load(checkpoint, trust=trust)
+    model = load_checkpoint(checkpoint, trust=trust)
     kind = model.encoder(modality).kind
-    others = [m for m in model.modalities if model.encoder(m).kind == "text" and has(shards, model, m)]
+    opened = open_shards(shards)
+    others = [m for m in model.modalities if model.encoder(m).kind == "text" and has(opened, model, m)]
     text = modality if kind == "text" else next(iter(others), None)
-    data = embed(model, shards, modalities=list(dict.fromkeys([modality, text or modality])), progress=progress)
+    data = embed(model, opened, modalities=list(dict.fromkeys([modality, text or modality])), progress=progress)
     if modality not in data.z:
         raise ConfigError(f"no sample of {', '.join(shards)} with the modality {modality!r} could be read")
     vectors = data.z[modality].numpy()
@@ -193,7 +194,7 @@ class Index:
                 f"{folder} was made by the model {self.manifest['model_hash']}, {checkpoint} is "
                 f"{model_hash(checkpoint)}: their spaces differ; give the right --model, or build it again"
             )
-        self.model = load(checkpoint, trust=trust)
+        self.model = load_checkpoint(checkpoint, trust=trust)
         # A crafted file cannot make FAISS allocate more than what lies on disk.
         faiss.set_deserialization_vector_byte_limit((folder / "index.faiss").stat().st_size)
         try:

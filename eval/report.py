@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mmcontrast.checkpoint import find_checkpoint, load
+from mmcontrast.checkpoint import find_checkpoint, load_checkpoint
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.embed import embed, has
 from mmcontrast.eval.index import Hit, Index
 from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
 from mmcontrast.eval.zero_shot import ZeroShot
+from mmcontrast.shards import open_shards
 
 _TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
@@ -39,7 +40,7 @@ def answer(
         ConfigError: a model or shards that cannot be read, or a data set that answers no task.
     """
     checkpoint = find_checkpoint(model_path)
-    model = load(checkpoint, trust=trust)
+    model = load_checkpoint(checkpoint, trust=trust)
     results: list[dict[str, Any]] = []
     for dataset in datasets:
         needed = pair if "retrieval" in tasks else pair[:1]
@@ -52,7 +53,8 @@ def answer(
         )
         retrieval = Retrieval.Config(data=(dataset,), pair=pair, group=group)
         # Without those that no sample has: pictures with labels alone can still be classified.
-        data = embed(model, [dataset], modalities=[m for m in needed if has([dataset], model, m)] or needed)
+        opened = open_shards([dataset])
+        data = embed(model, opened, modalities=[m for m in needed if has(opened, model, m)] or needed)
         problems: list[str] = []
         for task in tasks:
             try:

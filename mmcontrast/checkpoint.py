@@ -216,7 +216,15 @@ def load(path: str | Path, *, trust: Collection[str] = ()) -> MultiEncoder:
     Raises:
         ConfigError: no whole checkpoint, or a config that cannot be rebuilt.
     """
-    checkpoint = find_checkpoint(path)
+    return load_checkpoint(find_checkpoint(path), trust=trust)
+
+
+def load_checkpoint(checkpoint: Path, *, trust: Collection[str] = ()) -> MultiEncoder:
+    """`load` of what `find_checkpoint` has found and verified: to hash it again would read every byte twice.
+
+    Raises:
+        ConfigError: a config that cannot be rebuilt, or that does not fit the weights.
+    """
     run = checkpoint.parent
     data = read_config(run)
     if "model" not in data:

@@ -184,10 +184,8 @@ def _gather(
     groups: Mapping[str, Tensor],
     world: World,
 ) -> _GlobalBatch:
-    names, group_names = (
-        sorted(z),
-        sorted(groups),
-    )  # sorted: every rank must stack and gather in the same order
+    # Sorted: every rank must stack and gather in the same order.
+    names, group_names = sorted(z), sorted(groups)
     local = {m: torch.where(present[m][:, None], z[m].detach(), 0) for m in names}
     columns = [ids, *(groups[g] for g in group_names), *(present[m].long() for m in names)]
     table = world.gather(torch.stack(columns, dim=1))

@@ -178,7 +178,7 @@ class Trainer(Configurable):
         first = self._resume()
         steps = self.config.steps
         if self.is_main and first:
-            self._say(f"{self.config.out}: goes on at step {first} of {steps}")
+            print(f"{self.config.out}: goes on at step {first} of {steps}", file=sys.stderr, flush=True)
         if self.config.trackers:
             self.accelerator.init_trackers("mmcontrast", config={"config": json.dumps(to_dict(self.config))})
         values: dict[str, Any] = {}
@@ -346,7 +346,7 @@ class Trainer(Configurable):
         sync(temporary)
         temporary.replace(out / "config.json")
 
-    # -------------------------------------------------------------------------------------------- reports
+    # -------------------------------------------------------------------------------------------- damage
 
     def count_skipped(self, seen: int) -> int:
         """Damaged samples of all ranks so far.
@@ -365,9 +365,6 @@ class Trainer(Configurable):
                 f"{shard}: {reason} ({count} times)"
             )
         return total.total()
-
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _check(config: Trainer.Config) -> None:
