@@ -442,7 +442,7 @@ def test_what_a_scan_left_out_is_told(tmp_path: Path, data: Path, capsys: pytest
 
 
 class Sounds(Picture):
-    kind = "audio"
+    kind = "smell"
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ class Sounds(Picture):
     [
         (None, {"members": {"imgae": ("png",)}}, "imgae.*did you mean 'image'"),
         (None, {"members": {"image": ("webp", "jpg")}}, "no sample has the modality 'image'.*webp, jpg.*png"),
-        ({"image": Picture(), "sound": Sounds()}, {}, "'sound' is of kind 'audio'"),
+        ({"image": Picture(), "sound": Sounds()}, {}, "'sound' is of kind 'smell'"),
         (None, {"lanes": 3}, "must divide"),
         (None, {"lanes": 64, "global_batch": 64}, "fewer than the 64 lanes"),
         (None, {"world": 3, "global_batch": 8}, "multiple of the ranks"),

@@ -3,145 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError, Configurable, RunError, suggest
+from mmcontrast.data.compose import Compose
 from mmcontrast.data.order import Order
-from mmcontrast.decode import DECODERS, metadata
+from mmcontrast.data.reader import Example, Reader, Transform
 from mmcontrast.randomness import fold_seed
-from mmcontrast.shards import FORMATS, METADATA, BadSample, ShardSet, open_shards
+from mmcontrast.shards import BadSample, open_shards
 
 _MAX_REPLACEMENTS = 100
-
-
-class Transform(Protocol):
-    """Decoded sample -> model input, and a list of those -> one batch; runs in loader workers."""
-
-    kind: str
-
-    def __call__(self, value: Any) -> Any:
-        """One decoded sample -> one model input."""
-        ...
-
-    def collate(self, values: Sequence[Any]) -> Any:
-        """Model inputs of several samples -> one batch of them."""
-        ...
-
-
-@dataclass(frozen=True)
-class Example:
-    """One decoded and transformed sample. `inputs` has the modalities that the sample has."""
-
-    position: int
-    key: str
-    inputs: Mapping[str, Any]
-    meta: Mapping[str, Any]
-
-
-class Reader:
-    """Samples of some shards as model inputs; what training, evaluation and the index read alike."""
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        transforms: Mapping[str, Transform],
-        members: Mapping[str, tuple[str, ...]] | None = None,
-    ) -> None:
-        """Read the modalities that have a transform.
-
-        Args:
-            shards: the samples.
-            transforms: modality -> transform; its `kind` says which decoder and which members.
-            members: modality -> extensions that hold it, in order of preference; by default those of the
-            kind.
-
-        Raises:
-            ConfigError: a modality that no sample has, or a kind that nothing decodes.
-        """
-        self.shards, self.transforms = shards, transforms
-        for modality, transform in transforms.items():
-            if transform.kind not in DECODERS:
-                raise ConfigError(f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}")
-        self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in transforms.items()}
-        for modality, extensions in self.members.items():
-            if not any(shards.counts.get(e) for e in extensions):
-                # Few, by frequency: dots in the keys make every member an extension of its own.
-                have = sorted(shards.counts, key=lambda e: (-shards.counts[e], e))
-                more = f" and {len(have) - 8} more" if len(have) > 8 else ""
-                raise ConfigError(
-                    f"no sample has the modality {modality!r} (members {', '.join(extensions)}); "
-                    f"the shards have: {', '.join(have[:8]) or 'nothing'}{more}"
-                )
-
-    def raw(self, position: int, modality: str) -> Any:
-        """The decoded value of one modality, or None where the sample lacks it.
-
-        Raises:
-            BadSample: it is there and damaged.
-        """
-        for extension in self.members[modality]:
-            try:
-                data = self.shards.read(position, extension)
-            except KeyError:
-                continue
-            return DECODERS[self.transforms[modality].kind](data)
-        return None
-
-    def meta(self, position: int) -> Mapping[str, Any]:
-        """The sample's labels and groups; empty where it has none.
-
-        Raises:
-            BadSample: they are damaged.
-        """
-        try:
-            return metadata(self.shards.read(position, METADATA))
-        except KeyError:
-            return {}
-
-    def example(self, position: int, *, meta: bool = True) -> Example:
-        """One sample, transformed.
-
-        Raises:
-            BadSample: a member is damaged, or the sample has none of the modalities.
-        """
-        raw = {m: value for m in self.transforms if (value := self.raw(position, m)) is not None}
-        if not raw:
-            raise BadSample(f"has none of {', '.join(self.transforms)}")
-        inputs = {m: self.transforms[m](value) for m, value in raw.items()}
-        key = self.shards.name(position)[1]
-        return Example(position, key, inputs, self.meta(position) if meta else {})
-
-    def collate(
-        self,
-        examples: Sequence[Example],
-        groups: Sequence[str] = (),
-        skipped: Sequence[tuple[str, str, str]] = (),
-    ) -> Batch:
-        """Examples -> Batch; `groups` names the metadata fields that become group labels.
-
-        A sample without the field is a group of its own.
-        """
-        inputs: dict[str, Any] = {}
-        rows: dict[str, torch.Tensor] = {}
-        for modality, transform in self.transforms.items():
-            having = [i for i, e in enumerate(examples) if modality in e.inputs]
-            rows[modality] = torch.tensor(having, dtype=torch.int64)
-            if having:
-                inputs[modality] = transform.collate([examples[i].inputs[modality] for i in having])
-        labels = {name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups}
-        ids = torch.tensor([e.position for e in examples], dtype=torch.int64)
-        return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped)
-
-
-def _label(name: str, example: Example) -> int:
-    value = example.meta.get(name)
-    return fold_seed("sample", example.position) if value is None else fold_seed("group", str(value))
 
 
 class Stream(Configurable):
@@ -161,6 +38,8 @@ class Stream(Configurable):
         """Modality -> member extensions that hold it, where they are not the usual ones."""
         groups: tuple[str, ...] = ()
         """Metadata fields that become group labels, for objectives that know several positives."""
+        compose: Compose.Config = field(default_factory=Compose.Config)
+        """How an example is made of samples; by default it is one sample as it is."""
         window: int = 16384
         """Samples among which the shuffle draws; also its memory, 8 bytes each."""
         lanes: int = 1
@@ -200,9 +79,10 @@ class Stream(Configurable):
             for shard, left_out in self.shards.damage.items():
                 key, reason = left_out[0]
                 print(f"{shard}: left out {len(left_out)} samples, the first {key!r}: {reason}", file=sys.stderr)
-        self.reader = Reader(self.shards, transforms, config.members)
+        self.reader = Reader(self.shards, transforms, config.members, config.compose.made())
+        self.compose: Compose = config.compose.build(self.reader)
         self.order = Order(
-            [s.samples for s in self.shards.shards],
+            self.compose.counts(),
             seed=seed,
             global_batch=global_batch,
             window=config.window,
@@ -219,7 +99,7 @@ class Stream(Configurable):
             "global_batch": self.order.lane_batch * self.order.lanes,
             "window": self.order.window,
             "lanes": self.order.lanes,
-        }
+        } | self.compose.state()
 
     def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
         """The batches of steps first_step .. last_step - 1 for this rank."""
@@ -253,10 +133,10 @@ class Stream(Configurable):
         seed = fold_seed(self.seed, "augment", lane, turn)
         for attempt in range(_MAX_REPLACEMENTS):
             away = self.order.lane_length // 2 + attempt if attempt else 0
-            position = self.order.at(lane, turn + away)
+            position = self.compose.anchor(self.order.at(lane, turn + away))
             try:
                 torch.default_generator.manual_seed(seed)
-                return self.reader.example(position, meta=bool(self.config.groups))
+                return self.compose.example(position, seed, meta=bool(self.config.groups))
             except BadSample as error:
                 skipped.append((*self.shards.name(position), str(error)))
         shard, key, reason = skipped[-1]

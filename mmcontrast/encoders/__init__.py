@@ -1,13 +1,20 @@
 """Encoders, one file per modality, and the model that brings them into one space."""
 
+from mmcontrast.encoders.audio import MelConvNet
 from mmcontrast.encoders.base import Encoder
+from mmcontrast.encoders.coca import CascadePool, CoCaText
 from mmcontrast.encoders.image import OpenClipImage, TimmImage, ViT
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.text import HFText, OpenClipText, TextTransformer
+from mmcontrast.encoders.words import BagOfWords
 
 __all__ = [
+    "CascadePool",
+    "CoCaText",
+    "BagOfWords",
     "Encoder",
     "HFText",
+    "MelConvNet",
     "MultiEncoder",
     "OpenClipImage",
     "OpenClipText",

@@ -1,0 +1,148 @@
+"""Samples of some shards as model inputs: what training, evaluation and the index read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mmcontrast.batch import Batch
+from mmcontrast.config import ConfigError, suggest
+from mmcontrast.decode import DECODERS, metadata
+from mmcontrast.randomness import fold_seed
+from mmcontrast.shards import FORMATS, METADATA, BadSample, ShardSet
+
+
+class Transform(Protocol):
+    """Decoded sample -> model input, and a list of those -> one batch; runs in loader workers."""
+
+    kind: str
+
+    def __call__(self, value: Any) -> Any:
+        """One decoded sample -> one model input."""
+        ...
+
+    def collate(self, values: Sequence[Any]) -> Any:
+        """Model inputs of several samples -> one batch of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded and transformed sample. `inputs` has the modalities that the sample has."""
+
+    position: int
+    key: str
+    inputs: Mapping[str, Any]
+    meta: Mapping[str, Any]
+
+
+class Reader:
+    """Samples of some shards as model inputs; what training, evaluation and the index read alike."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        transforms: Mapping[str, Transform],
+        members: Mapping[str, tuple[str, ...]] | None = None,
+        made: Collection[str] = (),
+    ) -> None:
+        """Read the modalities that have a transform.
+
+        Args:
+            shards: the samples.
+            transforms: modality -> transform; its `kind` says which decoder and which members.
+            members: modality -> extensions that hold it, in order of preference; by default those of the kind.
+            made: modalities that are not read from these shards; a `Compose` makes them.
+
+        Raises:
+            ConfigError: a modality that no sample has, or a kind that nothing decodes.
+        """
+        self.shards, self.transforms = shards, transforms
+        for modality, transform in transforms.items():
+            if transform.kind not in DECODERS:
+                raise ConfigError(f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}")
+        read = {m: t for m, t in transforms.items() if m not in made}
+        self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in read.items()}
+        for modality, extensions in self.members.items():
+            if not any(shards.counts.get(e) for e in extensions):
+                # Few, by frequency: dots in the keys make every member an extension of its own.
+                have = sorted(shards.counts, key=lambda e: (-shards.counts[e], e))
+                more = f" and {len(have) - 8} more" if len(have) > 8 else ""
+                raise ConfigError(
+                    f"no sample has the modality {modality!r} (members {', '.join(extensions)}); "
+                    f"the shards have: {', '.join(have[:8]) or 'nothing'}{more}"
+                )
+
+    def raw(self, position: int, modality: str) -> Any:
+        """The decoded value of one modality, or None where the sample lacks it.
+
+        Raises:
+            BadSample: it is there and damaged.
+        """
+        for extension in self.members[modality]:
+            try:
+                data = self.shards.read(position, extension)
+            except KeyError:
+                continue
+            return DECODERS[self.transforms[modality].kind](data)
+        return None
+
+    def meta(self, position: int) -> Mapping[str, Any]:
+        """The sample's labels and groups; empty where it has none.
+
+        Raises:
+            BadSample: they are damaged.
+        """
+        try:
+            return metadata(self.shards.read(position, METADATA))
+        except KeyError:
+            return {}
+
+    def example(self, position: int, *, meta: bool = True) -> Example:
+        """One sample, transformed.
+
+        Raises:
+            BadSample: a member is damaged, or the sample has none of the modalities.
+        """
+        raw = {m: value for m in self.members if (value := self.raw(position, m)) is not None}
+        return self.prepare(position, raw, self.meta(position) if meta else {})
+
+    def prepare(self, position: int, raw: Mapping[str, Any], meta: Mapping[str, Any]) -> Example:
+        """Decoded values of a sample -> what the model takes.
+
+        Raises:
+            BadSample: there is none, or one of them cannot be used.
+        """
+        if not raw:
+            raise BadSample(f"has none of {', '.join(self.transforms)}")
+        inputs = {m: self.transforms[m](value) for m, value in raw.items()}
+        return Example(position, self.shards.name(position)[1], inputs, meta)
+
+    def collate(
+        self,
+        examples: Sequence[Example],
+        groups: Sequence[str] = (),
+        skipped: Sequence[tuple[str, str, str]] = (),
+    ) -> Batch:
+        """Examples -> Batch; `groups` names the metadata fields that become group labels.
+
+        A sample without the field is a group of its own.
+        """
+        inputs: dict[str, Any] = {}
+        rows: dict[str, torch.Tensor] = {}
+        for modality, transform in self.transforms.items():
+            having = [i for i, e in enumerate(examples) if modality in e.inputs]
+            rows[modality] = torch.tensor(having, dtype=torch.int64)
+            if having:
+                inputs[modality] = transform.collate([examples[i].inputs[modality] for i in having])
+        labels = {name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups}
+        ids = torch.tensor([e.position for e in examples], dtype=torch.int64)
+        return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped)
+
+
+def _label(name: str, example: Example) -> int:
+    value = example.meta.get(name)
+    return fold_seed("sample", example.position) if value is None else fold_seed("group", str(value))

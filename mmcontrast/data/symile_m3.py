@@ -1,0 +1,151 @@
+"""Tuples of picture, speech and text whose parts tell something only together, drawn from labelled real samples.
+
+A picture of class c; speech in a language l, of unrelated content; and a text with one word per language, each naming
+another class, of which the word in language l names c. Neither speech nor text alone tells which word counts: a score
+that adds what each of them says about a picture leaves as many classes as there are words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any, cast
+
+import numpy as np
+
+from mmcontrast.config import ConfigError
+from mmcontrast.data.compose import Compose, pick
+from mmcontrast.data.reader import Reader
+from mmcontrast.shards import BadSample, open_shards
+
+
+class SymileM3(Compose):
+    """The construction of Symile-M3 (Saporta et al. 2024, arXiv:2411.01053, sec. 5.2), drawn on the fly.
+
+    The stream's shards hold pictures whose metadata name the class in every language; `speech` holds recordings whose
+    metadata name their language. Per example, language, recording, the classes of the other words and the order of
+    the words are drawn uniformly. Tuples that are drawn once and repeated are memorised instead.
+
+    Classes are the distinct sets of names that are one word in each language and shared with no other class; pictures
+    without such names are no anchors.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(Compose.Config):
+        """Where speech is, and which metadata tell languages and names."""
+
+        speech: tuple[str, ...]
+        """Folders, globs or ranges of shards with recordings."""
+        languages: tuple[str, ...] = ("en", "es", "fr", "it", "ru")
+        """One word of the text per language."""
+        names: str = "names"
+        """Metadata field of a picture: language -> name of what it shows."""
+        language: str = "language"
+        """Metadata field of a recording: its language."""
+        image: str = "image"
+        """The modality that is read from the stream's shards."""
+        audio: str = "audio"
+        """The modality that gets a recording."""
+        text: str = "text"
+        """The modality that gets the words."""
+
+        def made(self) -> tuple[str, ...]:
+            """Speech and text."""
+            return (self.audio, self.text)
+
+    def __init__(self, config: Config, reader: Reader) -> None:
+        """Read the metadata of all pictures and recordings.
+
+        Raises:
+            ConfigError: fewer than two languages, a language without recordings, or fewer classes than languages.
+        """
+        super().__init__(config, reader)
+        if len(set(config.languages)) < max(2, len(config.languages)):
+            raise ConfigError(f"languages {config.languages}: name at least two, each once")
+        if {config.image, config.audio, config.text} != set(reader.transforms):
+            raise ConfigError(
+                f"SymileM3 makes {config.image!r}, {config.audio!r} and {config.text!r}; the model has "
+                f"{', '.join(reader.transforms)}"
+            )
+        self.config = config
+        self.facts = {"pairwise_bound": 1 / len(config.languages)}
+        names = [self._names(position) for position in range(len(reader.shards))]
+        self.words = _distinct({n for n in names if n is not None})
+        number = {n: k for k, n in enumerate(self.words)}
+        self.classes = {p: number[n] for p, n in enumerate(names) if n in number}
+        self.anchors = np.array(sorted(self.classes), dtype=np.int64)
+        if len(self.words) < len(config.languages):
+            raise ConfigError(
+                f"{len(self.words)} classes have a name of one word in each of {', '.join(config.languages)} in the "
+                f"metadata field {config.names!r}; a text needs {len(config.languages)}"
+            )
+        self.recordings = Reader(open_shards(config.speech), {config.audio: reader.transforms[config.audio]})
+        self.spoken: dict[str, list[int]] = {language: [] for language in config.languages}
+        for position in range(len(self.recordings.shards)):
+            language = str(_meta(self.recordings, position).get(config.language))
+            if language in self.spoken:
+                self.spoken[language].append(position)
+        if silent := [language for language, found in self.spoken.items() if not found]:
+            raise ConfigError(
+                f"no recording of {', '.join(config.speech)} has the {config.language} {', '.join(silent)}; prepare "
+                "more, or name other languages"
+            )
+
+    def _names(self, position: int) -> tuple[str, ...] | None:
+        """The names of what a picture shows, one per language; None where one is missing or several words."""
+        found = _meta(self.reader, position).get(self.config.names)
+        if not isinstance(found, Mapping):
+            return None
+        names = tuple(str(cast(Mapping[str, Any], found).get(language, "")) for language in self.config.languages)
+        return names if all(len(name.split()) == 1 for name in names) else None
+
+    def raw(self, position: int, draw: Random) -> Mapping[str, Any]:
+        """Picture, speech and words."""
+        languages = self.config.languages
+        spoken = pick(draw, len(languages))
+        recordings = self.spoken[languages[spoken]]
+        recording = recordings[pick(draw, len(recordings))]
+        others: list[int] = []
+        while len(others) < len(languages) - 1:
+            other = pick(draw, len(self.words))
+            if other != self.classes[position] and other not in others:
+                others.append(other)
+        chosen = others[:spoken] + [self.classes[position]] + others[spoken:]
+        words = [self.words[c][k] for k, c in enumerate(chosen)]
+        for last in range(len(words) - 1, 0, -1):
+            other = pick(draw, last + 1)
+            words[last], words[other] = words[other], words[last]
+        try:
+            audio = self.recordings.raw(recording, self.config.audio)
+        except BadSample as error:
+            raise BadSample(f"{'/'.join(self.recordings.shards.name(recording))}: {error}") from None
+        made = {self.config.audio: audio, self.config.text: " ".join(words)}
+        image = self.reader.raw(position, self.config.image)
+        return made if image is None else {self.config.image: image, **made}
+
+    def meta(self, position: int) -> Mapping[str, Any]:
+        """The class, as the field `class`, beside the picture's own metadata."""
+        return {**self.reader.meta(position), "class": self.words[self.classes[position]][0]}
+
+    def state(self) -> dict[str, Any]:
+        """Which recordings are drawn from."""
+        return {"speech": self.recordings.shards.fingerprint}
+
+
+def _distinct(classes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The classes, in order, without those that share a word with an earlier one or have one for two languages."""
+    kept: list[tuple[str, ...]] = []
+    taken: set[str] = set()
+    for words in sorted(classes):
+        if len(set(words)) == len(words) and not taken & set(words):
+            kept.append(words)
+            taken |= set(words)
+    return kept
+
+
+def _meta(reader: Reader, position: int) -> Mapping[str, Any]:
+    try:
+        return reader.meta(position)
+    except BadSample:
+        return {}

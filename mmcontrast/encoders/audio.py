@@ -1,0 +1,187 @@
+"""Audio towers: log-mel spectra on the device, and a compact convolutional network over them.
+
+Sounds cross the worker queue as samples at the tower's rate, padded to one length, beside their true length. What is
+padded is masked everywhere, so a sound's embedding does not depend on how much of it is padding. Letters: B rows,
+S samples, F frames, M mel bands, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmcontrast.config import ConfigError
+from mmcontrast.decode import audio_from
+from mmcontrast.encoders.base import Encoder, Transform
+
+_FLOOR = 1e-6  # power below which a band counts as silent; -120 dB of a full-scale tone's order
+
+
+class AudioTransform(Transform):
+    """Sound -> samples [S] at the tower's rate and how many of them are sound, by a crop that alone is decoded."""
+
+    kind = "audio"
+
+    def __init__(self, rate: int, seconds: float, pad: Literal["zero", "repeat"], *, train: bool) -> None:
+        """A crop of `seconds` at random in training, in the middle otherwise; shorter sounds are padded."""
+        self.rate, self.seconds, self.pad, self.train = rate, seconds, pad, train
+        self.length = round(seconds * rate)
+
+    def __call__(self, value: Any) -> dict[str, Tensor]:
+        """Anything that `decode.audio_from` takes -> samples float32 [S], length int64 []."""
+        sound = audio_from(value)
+        wanted = min(round(self.seconds * sound.rate), sound.frames)
+        spare = sound.frames - wanted
+        start = int(torch.randint(spare + 1, ())) if self.train and spare else spare // 2
+        samples = sound.read(start, wanted)
+        if sound.rate != self.rate:
+            from torchaudio.functional import resample
+
+            samples = resample(samples, sound.rate, self.rate)
+        samples = samples[: self.length]
+        length = len(samples)
+        if length < self.length:
+            if self.pad == "repeat":
+                samples, length = samples.repeat(-(-self.length // length))[: self.length], self.length
+            else:
+                samples = nn.functional.pad(samples, (0, self.length - length))
+        return {"samples": samples, "length": torch.tensor(length)}
+
+    def collate(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """-> samples [B, S], length [B]."""
+        return {name: torch.stack([v[name] for v in values]) for name in ("samples", "length")}
+
+
+class AudioEncoder(Encoder):
+    """Crop, rate and padding that all audio towers share."""
+
+    kind = "audio"
+
+    @dataclass(kw_only=True)
+    class Config(Encoder.Config):
+        """Settings that every audio tower has."""
+
+        sample_rate: int = 16_000
+        """Samples per second that the tower works at; sounds of another rate are resampled."""
+        seconds: float = 10.0
+        """Longest part of a sound that the tower hears: a random one in training, the middle otherwise."""
+        pad: Literal["zero", "repeat"] = "zero"
+        """Shorter sounds are followed by silence, which is masked, or repeated."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.sample_rate < 1000 or config.seconds * config.sample_rate < 1:
+            raise ConfigError(
+                f"sample_rate {config.sample_rate} and seconds {config.seconds} leave no sound; use at least 1000 and "
+                "some tenths of a second"
+            )
+        self.audio_config = config
+
+    def transform(self, *, train: bool) -> AudioTransform:
+        """A random crop in training, the middle otherwise."""
+        c = self.audio_config
+        return AudioTransform(c.sample_rate, c.seconds, c.pad, train=train)
+
+    def example(self) -> dict[str, Tensor]:
+        """Silence."""
+        device = next(self.parameters()).device
+        length = self.transform(train=False).length
+        return {
+            "samples": torch.zeros(1, length, device=device),
+            "length": torch.full((1,), length, dtype=torch.int64, device=device),
+        }
+
+
+class LogMel(nn.Module):
+    """Samples -> the logarithm of their power in M mel bands, every 10 ms from windows of 25 ms.
+
+    Each sound is brought to mean 0 and deviation 1 over its own frames and bands: loudness and the microphone's
+    level say nothing, and no statistics of a data set are needed.
+    """
+
+    def __init__(self, rate: int, mels: int) -> None:
+        super().__init__()
+        from torchaudio.transforms import MelSpectrogram
+
+        window, self.hop = round(0.025 * rate), round(0.010 * rate)
+        # Finer than the window asks for: or else the lowest bands would lie between two frequencies and be empty.
+        size = 1 << (2 * window - 1).bit_length()
+        self.spectrum = MelSpectrogram(
+            rate, n_fft=size, win_length=window, hop_length=self.hop, n_mels=mels, center=True, pad_mode="constant"
+        )
+
+    def forward(self, samples: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S], [B] -> spectra [B, F, M], zero where there is no sound, and which frames are sound, [B, F]."""
+        with torch.autocast(samples.device.type, enabled=False):  # half precision would lose quiet bands
+            x = (self.spectrum(samples.float()) + _FLOOR).log().transpose(1, 2)
+        frames = torch.arange(x.shape[1], device=x.device)
+        mask = frames * self.hop < length[:, None]
+        cells = mask[:, :, None].to(x.dtype)
+        count = cells.sum((1, 2), keepdim=True).clamp(min=1) * x.shape[2]
+        mean = (x * cells).sum((1, 2), keepdim=True) / count
+        variance = ((x - mean).square() * cells).sum((1, 2), keepdim=True) / count
+        return (x - mean) * (variance + 1e-5).rsqrt() * cells, mask
+
+
+class MelConvNet(AudioEncoder):
+    """A small convolutional network over time, on log-mel frames, trained from scratch.
+
+    Two strided convolutions bring 10 ms frames to 40 ms; then blocks of a depthwise convolution and two layers on
+    each frame (ConvNeXt, Liu et al. 2022, arXiv:2201.03545, in one dimension). Its norms work on single frames: no
+    sample sees another, and no frame the padding.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(AudioEncoder.Config):
+        """Settings of the network."""
+
+        mels: int = 64
+        """M, mel bands."""
+        width: int = 192
+        """C."""
+        layers: int = 4
+        """Blocks."""
+
+    def __init__(self, config: Config, restore: Path | None = None) -> None:
+        super().__init__(config)
+        for name in ("mels", "width", "layers"):
+            if getattr(config, name) < 1:
+                raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1")
+        self.front = LogMel(config.sample_rate, config.mels)
+        self.stem = nn.ModuleList(
+            nn.Conv1d(width, config.width, 5, stride=2, padding=2) for width in (config.mels, config.width)
+        )
+        self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.dim = config.width
+        self.finish(config, pretrained=False)
+
+    def forward(self, x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Samples [B, S], length [B] -> their frames' mean [B, C], the frames [B, F / 4, C], zero where padded."""
+        frames, mask = self.front(x["samples"], x["length"])
+        frames = frames.transpose(1, 2)  # [B, M, F]
+        for layer in self.stem:
+            mask = mask[:, ::2]
+            frames = nn.functional.gelu(layer(frames)) * mask[:, None]
+        for block in self.blocks:
+            frames = block(frames, mask)
+        tokens = self.norm(frames.transpose(1, 2)) * mask[:, :, None]
+        return tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1), tokens
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(width, width, 7, padding=3, groups=width)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """[B, C, F] -> [B, C, F]; what is padded stays zero, or else it would leak back into the sound."""
+        return frames + self.layers(self.mix(frames).transpose(1, 2)).transpose(1, 2) * mask[:, None]
