@@ -1,6 +1,22 @@
 """Contrastive objectives, one file per paper family; none of them knows how many ranks there are."""
 
-from mmcontrast.objectives.base import Block, Objective, Totals
-from mmcontrast.objectives.infonce import InfoNCE
+from mmcontrast.objectives.base import Block, Objective, Totals, plain_loss
+from mmcontrast.objectives.gap import Alignment, CrossUniformity, Uniformity
+from mmcontrast.objectives.infonce import DCL, InfoNCE
+from mmcontrast.objectives.pairs import all_pairs, pairs_with
+from mmcontrast.objectives.siglip import SigLIP
 
-__all__ = ["Block", "InfoNCE", "Objective", "Totals"]
+__all__ = [
+    "DCL",
+    "Alignment",
+    "Block",
+    "CrossUniformity",
+    "InfoNCE",
+    "Objective",
+    "SigLIP",
+    "Totals",
+    "Uniformity",
+    "all_pairs",
+    "pairs_with",
+    "plain_loss",
+]

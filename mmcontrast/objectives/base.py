@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import Embeddings
-from mmcontrast.config import Configurable
+from mmcontrast.config import ConfigError, Configurable
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Objective(nn.Module, Configurable):
 
         weight: float = 1.0
         """Factor of this term in the loss."""
+        start_step: int = 0
+        """Optimizer step from which on this term counts."""
 
     whole: ClassVar[bool] = False
     """True for a formula of the whole batch only: evaluated on all rows on every rank; right, not memory-scalable."""
@@ -75,7 +77,9 @@ class Objective(nn.Module, Configurable):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.weight = config.weight
+        if config.start_step < 0:
+            raise ConfigError(f"start_step is {config.start_step}; it must be 0 or more")
+        self.weight, self.start_step = config.weight, config.start_step
 
     def prepare(self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int) -> Mapping[str, Tensor]:
         """Once per step, without gradient, on the whole batch, with the same result on every rank.
@@ -98,11 +102,43 @@ class Objective(nn.Module, Configurable):
     def clamp(self) -> None:
         """After the optimizer's step: bring the parameters back into their range."""
 
+    def observe(self, totals: Totals, present: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a person wants to know of this step, without gradient, from the merged totals."""
+        return {}
+
     def metrics(self) -> Mapping[str, float]:
-        """What a person wants to watch, such as the temperature."""
+        """What a person wants to watch of the parameters, such as the temperature."""
         return {}
 
 
 def masked_logsumexp(scores: Tensor, masked: Tensor, dim: int) -> Tensor:
     """log-sum-exp over the entries that are not masked; -inf, with zero gradient, where none is left."""
     return torch.logsumexp(scores.masked_fill(masked, -torch.inf), dim)
+
+
+def plain_loss(
+    objectives: Mapping[str, Objective],
+    z: Embeddings,
+    present: Mapping[str, Tensor],
+    ids: Tensor,
+    *,
+    groups: Mapping[str, Tensor] | None = None,
+    step: int = 0,
+) -> Tensor:
+    """The weighted loss of a whole batch in one differentiable piece: no blocks, no ranks, O(N²) memory.
+
+    What the engine computes, by autograd alone: for checks, and for whoever wants second derivatives. The rows of
+    `z` that lack a modality must be zero.
+    """
+    rows = torch.arange(len(ids), device=ids.device)
+    loss = next(iter(z.values())).new_zeros(())
+    for objective in objectives.values():
+        if step < objective.start_step:
+            continue
+        seen = {m: z[m] for m in (objective.modalities if objective.whole else objective.candidates)}
+        with torch.no_grad():
+            aux = objective.prepare(seen, present, ids, step)
+        anchors = {m: z[m] for m in objective.modalities}
+        totals = objective.partial(Block(anchors, seen, present, rows, ids, groups or {}, aux))
+        loss = loss + objective.weight * objective.finalize(totals, present)
+    return loss
