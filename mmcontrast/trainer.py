@@ -135,10 +135,13 @@ class Trainer(Configurable):
                     known = ", ".join(self.model.modalities)
                     raise ConfigError(f"objective {name!r} reads the modality {modality!r}; the model has {known}")
         for modality in self.model.modalities:
-            if not any(modality in term.modalities for term in self.terms.values()):
+            readers = [*self.terms.values(), *self.model.terms.values()]
+            if not any(modality in reader.modalities for reader in readers):
                 raise ConfigError(
                     f"no objective reads the modality {modality!r}; leave its tower out, or name it in one"
                 )
+        for name in self.model.terms.keys() & self.terms.keys():
+            raise ConfigError(f"a head and an objective are both called {name!r}; rename one, for their values' sake")
         self.evaluators: dict[str, Evaluator] = {name: e.build() for name, e in config.evaluators.items()}
         self.stream: Stream = config.data.build(
             self.model.transforms(train=True),
@@ -220,6 +223,9 @@ class Trainer(Configurable):
             seed=(self.config.seed, step),
             first_row=self.world.rank * len(batch),
             cotangent_scale=self.world.size,  # undoes DDP's averaging of gradients over ranks
+            heads=self.model.terms,
+            encode_with_heads=self._encode_with_heads,
+            world=self.world,
             no_sync=self._synced(False),
             sync=self._synced(True),
         )
@@ -238,12 +244,15 @@ class Trainer(Configurable):
         for name, term in self.terms.items():
             term.clamp()
             values |= {f"{name}.{key}": value for key, value in term.metrics().items()}
-            if len(self.terms) > 1:
-                values[f"{name}.loss"] = result.terms[name]
+        if len(result.terms) > 1:
+            values |= {f"{name}.loss": value for name, value in result.terms.items()}
         return values
 
     def _encode(self, piece: MicroBatch) -> Mapping[str, Tensor]:
         return self.wrapped(piece.inputs)
+
+    def _encode_with_heads(self, piece: MicroBatch) -> Mapping[str, Tensor]:
+        return self.wrapped(piece.inputs, piece.rows)
 
     def _loss(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int) -> Result:
         return value_and_grad(

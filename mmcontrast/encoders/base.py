@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,11 @@ class Encoder(nn.Module, Configurable):
     therefore always runs on stored statistics, which a tower has only if it was pretrained.
 
     Attributes:
+        kind: kind of modality (`mmcontrast.shards.FORMATS`).
         dim: C, the width of the pooled output.
     """
 
-    kind: ClassVar[str]
+    kind: str
     dim: int
 
     @dataclass(kw_only=True)
