@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError
-from mmcontrast.data.stream import Example, Reader
+from mmcontrast.data.compose import Compose
+from mmcontrast.data.reader import Example, Reader
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
 
 
@@ -29,6 +31,7 @@ class Embedded:
         meta: [n] metadata objects.
         skipped: damaged samples, left out: (shard, key, reason).
         fingerprint: of the shards.
+        facts: what is known of the examples beside their scores, such as what chance would reach.
     """
 
     z: Mapping[str, Tensor]
@@ -39,6 +42,7 @@ class Embedded:
     skipped: Sequence[tuple[str, str, str]]
     fingerprint: str
     reader: Reader
+    facts: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def paired(self, x: str, y: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that have both modalities, and both embeddings of them: [p], [p, D], [p, D]."""
@@ -53,19 +57,19 @@ class Embedded:
 class _Chunks(Dataset[tuple[Batch, list[Example]]]):
     """Chunk number -> its batch and examples, damaged samples left out and named."""
 
-    def __init__(self, reader: Reader, size: int) -> None:
-        self.reader, self.size = reader, size
+    def __init__(self, compose: Compose, size: int, draw: int) -> None:
+        self.compose, self.reader, self.size, self.draw = compose, compose.reader, size, draw
 
     def __len__(self) -> int:
-        return -(-len(self.reader.shards) // self.size)
+        return -(-len(self.compose) // self.size)
 
     def __getitem__(self, chunk: int) -> tuple[Batch, list[Example]]:
         examples: list[Example] = []
         skipped: list[tuple[str, str, str]] = []
-        stop = min((chunk + 1) * self.size, len(self.reader.shards))
-        for position in range(chunk * self.size, stop):
+        stop = min((chunk + 1) * self.size, len(self.compose))
+        for position in map(self.compose.anchor, range(chunk * self.size, stop)):
             try:
-                examples.append(self.reader.example(position))
+                examples.append(self.compose.example(position, fold_seed("evaluation", self.draw, position)))
             except BadSample as error:
                 skipped.append((*self.reader.shards.name(position), str(error)))
         batch = self.reader.collate(examples, skipped=skipped)
@@ -77,6 +81,8 @@ def embed(
     shards: Sequence[str] | ShardSet,
     *,
     modalities: Sequence[str] | None = None,
+    compose: Compose.Config | None = None,
+    draw: int = 0,
     batch_size: int = 128,
     workers: int = 0,
     progress: bool = False,
@@ -87,6 +93,8 @@ def embed(
         model: used in evaluation mode.
         shards: folders, globs or ranges; or what they opened as, since opening foreign shards means a scan.
         modalities: which to embed; by default all of the model.
+        compose: how an example is made of samples; by default it is one sample as it is.
+        draw: which of the examples that `compose` can make of an anchor; each number always means the same ones.
         batch_size: samples encoded at once.
         workers: processes that read and decode; 0 does it in this one.
         progress: show a bar on standard error.
@@ -96,8 +104,10 @@ def embed(
     """
     transforms = {m: model.encoder(m).transform(train=False) for m in modalities or model.modalities}
     opened = shards if isinstance(shards, ShardSet) else open_shards(shards)
-    reader = Reader(opened, transforms)
-    chunks = _Chunks(reader, batch_size)
+    settings = compose or Compose.Config()
+    reader = Reader(opened, transforms, made=settings.made())
+    composed: Compose = settings.build(reader)
+    chunks = _Chunks(composed, batch_size, draw)
     z: dict[str, list[Tensor]] = {m: [] for m in transforms}
     rows: dict[str, list[Tensor]] = {m: [] for m in transforms}
     examples: list[Example] = []
@@ -121,6 +131,7 @@ def embed(
         skipped=skipped,
         fingerprint=opened.fingerprint,
         reader=reader,
+        facts=composed.facts,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmcontrast.config import ConfigError
+from mmcontrast.config import ConfigError, suggest
 from mmcontrast.data.compose import Compose, pick
 from mmcontrast.data.reader import Reader
 from mmcontrast.shards import BadSample, open_shards
@@ -63,11 +63,9 @@ class SymileM3(Compose):
         super().__init__(config, reader)
         if len(set(config.languages)) < max(2, len(config.languages)):
             raise ConfigError(f"languages {config.languages}: name at least two, each once")
-        if {config.image, config.audio, config.text} != set(reader.transforms):
-            raise ConfigError(
-                f"SymileM3 makes {config.image!r}, {config.audio!r} and {config.text!r}; the model has "
-                f"{', '.join(reader.transforms)}"
-            )
+        for modality in reader.transforms:
+            if modality not in (known := (config.image, config.audio, config.text)):
+                raise ConfigError(f"SymileM3 does not make the modality {modality!r}{suggest(modality, known)}")
         self.config = config
         self.facts = {"pairwise_bound": 1 / len(config.languages)}
         names = [self._names(position) for position in range(len(reader.shards))]
@@ -80,7 +78,8 @@ class SymileM3(Compose):
                 f"{len(self.words)} classes have a name of one word in each of {', '.join(config.languages)} in the "
                 f"metadata field {config.names!r}; a text needs {len(config.languages)}"
             )
-        self.recordings = Reader(open_shards(config.speech), {config.audio: reader.transforms[config.audio]})
+        heard = {m: t for m, t in reader.transforms.items() if m == config.audio}
+        self.recordings = Reader(open_shards(config.speech), heard)
         self.spoken: dict[str, list[int]] = {language: [] for language in config.languages}
         for position in range(len(self.recordings.shards)):
             language = str(_meta(self.recordings, position).get(config.language))
@@ -116,13 +115,15 @@ class SymileM3(Compose):
         for last in range(len(words) - 1, 0, -1):
             other = pick(draw, last + 1)
             words[last], words[other] = words[other], words[last]
-        try:
-            audio = self.recordings.raw(recording, self.config.audio)
-        except BadSample as error:
-            raise BadSample(f"{'/'.join(self.recordings.shards.name(recording))}: {error}") from None
-        made = {self.config.audio: audio, self.config.text: " ".join(words)}
-        image = self.reader.raw(position, self.config.image)
-        return made if image is None else {self.config.image: image, **made}
+        found: dict[str, Any] = {self.config.text: " ".join(words)}
+        if self.config.image in self.reader.transforms:
+            found[self.config.image] = self.reader.raw(position, self.config.image)
+        if self.config.audio in self.reader.transforms:
+            try:
+                found[self.config.audio] = self.recordings.raw(recording, self.config.audio)
+            except BadSample as error:
+                raise BadSample(f"{'/'.join(self.recordings.shards.name(recording))}: {error}") from None
+        return {m: found[m] for m in self.reader.transforms if found[m] is not None}
 
     def meta(self, position: int) -> Mapping[str, Any]:
         """The class, as the field `class`, beside the picture's own metadata."""
