@@ -12,7 +12,7 @@ Letters: n rows of this rank, C columns; of them r and c take part; B rows of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from mmcontrast.objectives.scores import LOGSUMEXPS, PER_ROW, Scores
 
-_SLICE = 1 << 17  # elements of float32: half a megabyte
+_SLICE = 1 << 17  # elements for each thread: half a megabyte of float32
+_BOUND = 30.0  # scores within it need no maximum subtracted: float32 holds products of e^30 and e^-60 / N
 _SPARSE = 32  # masked entries are listed while they are fewer than one in so many, and compared beyond
 
 
@@ -78,9 +79,10 @@ class Walk:
         self.in_scratch: int | None = None  # the block whose scores are there
         width = max(1, len(self.candidates))
         # On an accelerator a slice is the tile: there the time goes into launches.
-        self.slice = self.block if self.anchors.is_cuda else max(1, _SLICE // width)
+        self.slice = self.block if self.anchors.is_cuda else max(1, _SLICE * torch.get_num_threads() // width)
         self.work = self.anchors.new_empty(min(self.slice, self.block), width)
-        self.peaks = self.anchors.new_full([len(self.candidates)], -torch.inf)
+        self.bounded = self._bound() <= _BOUND
+        self.peaks = self.anchors.new_full([len(self.candidates)], 0.0 if self.bounded else -torch.inf)
         self.totals: dict[str, Tensor] = {}
         wanted = sorted(scores.wants) if scores.positives is None else ["positives", *sorted(scores.wants)]
         for name in wanted:
@@ -94,7 +96,8 @@ class Walk:
     def statistics(self, start: int) -> None:
         """Add one block to `totals`."""
         stop = min(start + self.block, self.count)
-        tile, masked = self._tile(start, stop), self.masked.at(start, stop)
+        tile, _ = self._tile(start, stop)
+        masked = self.masked.at(start, stop)
         self.totals["masked"] += masked.count
         if "row_counts" in self.totals:
             self._set("row_counts", start, (len(self.candidates) - masked.per_row()).to(tile.dtype))
@@ -109,12 +112,10 @@ class Walk:
         if "positives" in self.totals:
             self._set("positives", start, self._positives(start, stop))
         masked.fill_(tile, -torch.inf)
-        if "rows" in self.totals:
-            self._set("rows", start, self._row_logsumexp(tile))
-        if "columns" in self.totals:
-            self._add_columns(tile)
-        if "softplus" in self.totals:
-            self._set("softplus", start, self._row_softplus(tile))
+        if self.bounded:
+            self._from_exponentials(tile, start)
+        else:
+            self._from_scores(tile, start)
 
     def result(self) -> dict[str, Tensor]:
         """Statistics by name after all blocks: [n] per row, [C] per column, the number of masked entries."""
@@ -130,10 +131,10 @@ class Walk:
             found[name] = value
         return found
 
-    def _tile(self, start: int, stop: int) -> Tensor:
-        """The scores of a block; of entries that are masked, maybe -inf."""
+    def _tile(self, start: int, stop: int) -> tuple[Tensor, bool]:
+        """A block's scores, and True; or what `statistics` left there (of bounded scores, exponentials), and False."""
         if start in self.kept:
-            return self.kept[start]
+            return self.kept[start], False
         shape = (stop - start, len(self.candidates))
         if len(self.kept) < self.keep:
             tile = self.kept[start] = self.anchors.new_empty(shape)
@@ -142,10 +143,10 @@ class Walk:
                 self.scratch = self.anchors.new_empty(self.block, shape[1])
             tile = self.scratch[: stop - start]
             if self.in_scratch == start:
-                return tile
+                return tile, False
             self.in_scratch = start
         torch.mm(self._rows(self.anchors, start, stop) * self.scale, self.candidates.T, out=tile)
-        return tile if self.scores.bias is None else tile.add_(self.scores.bias.detach())
+        return (tile if self.scores.bias is None else tile.add_(self.scores.bias.detach())), True
 
     def _rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start:stop] if self.rows is None else tensor[self.rows[start:stop]]
@@ -166,32 +167,51 @@ class Walk:
         products = self.scale * (anchors * self._rows(self.scores.positives.detach(), start, stop)).sum(1)
         return products if self.scores.bias is None else products + self.scores.bias.detach()
 
-    def _row_logsumexp(self, tile: Tensor) -> Tensor:
-        peaks = _finite(tile.amax(1))
-        sums = torch.empty_like(peaks)
+    def _bound(self) -> float:
+        """What no score exceeds."""
+        if not self.count:
+            return 0.0
+        norms = [torch.linalg.vector_norm(t, dim=1).max() for t in (self.anchors, self.candidates)]
+        bound = norms[0] * norms[1] * self.scale.abs()
+        return float(bound if self.scores.bias is None else bound + self.scores.bias.detach().abs())
+
+    def _from_exponentials(self, tile: Tensor, start: int) -> None:
+        """Statistics of bounded scores: one exponential of each serves rows, columns and pass 2. Leaves it in place."""
+        sums = {name: tile.new_empty(len(tile)) for name in ("rows", "softplus") if name in self.totals}
         for i, part, work in self._slices(tile):
-            shift = peaks[i : i + len(part), None]
-            torch.sum(torch.sub(part, shift, out=work).exp_(), 1, out=sums[i : i + len(part)])
-        return sums.log_().add_(peaks)
+            part.exp_()
+            if "rows" in sums:
+                torch.sum(part, 1, out=sums["rows"][i : i + len(part)])
+            if "columns" in self.totals:
+                self.totals["columns"] += part.sum(0)
+            if "softplus" in sums:
+                sums["softplus"][i : i + len(part)] = _sum_log1p(part, work)
+        for name, value in sums.items():
+            self._set(name, start, value.log_() if name == "rows" else value)
 
-    def _add_columns(self, tile: Tensor) -> None:
-        peaks = torch.maximum(self.peaks, tile.amax(0))
-        shift, sums = _finite(peaks), self.totals["columns"]
-        sums.mul_((self.peaks - shift).exp_())
-        for _, part, work in self._slices(tile):
-            sums += torch.sub(part, shift, out=work).exp_().sum(0)
-        self.peaks = peaks
-
-    def _row_softplus(self, tile: Tensor) -> Tensor:
-        sums = tile.new_empty(len(tile))
-        for i, part, x in self._slices(tile):
-            # softplus(s) = max(s, 0) + log(1 + x), x = e^-|s|. With y the rounded 1 + x, log(1 + x) is
-            # log(y) + (x - (y - 1)) / y to the last digit: as exact as log1p, several times as fast.
-            torch.abs(part, out=x).neg_().exp_()
-            y = x + 1
-            x.sub_(y - 1).div_(y).add_(y.log_())
-            sums[i : i + len(part)] = x.sum(1) + part.clamp(min=0).sum(1)
-        return sums
+    def _from_scores(self, tile: Tensor, start: int) -> None:
+        """Statistics of any scores: the true maximum is subtracted before exponentials. Leaves the scores in place."""
+        if "rows" in self.totals:
+            peaks = _finite(tile.amax(1))
+            sums = torch.empty_like(peaks)
+            for i, part, work in self._slices(tile):
+                shift = peaks[i : i + len(part), None]
+                torch.sum(torch.sub(part, shift, out=work).exp_(), 1, out=sums[i : i + len(part)])
+            self._set("rows", start, sums.log_().add_(peaks))
+        if "columns" in self.totals:
+            highest = torch.maximum(self.peaks, tile.amax(0))
+            shift, total = _finite(highest), self.totals["columns"]
+            total.mul_((self.peaks - shift).exp_())
+            for _, part, work in self._slices(tile):
+                total += torch.sub(part, shift, out=work).exp_().sum(0)
+            self.peaks = highest
+        if "softplus" in self.totals:
+            sums = tile.new_empty(len(tile))
+            for i, part, work in self._slices(tile):
+                # softplus(s) = max(s, 0) + log(1 + e^-|s|), which no score overflows.
+                torch.abs(part, out=work).neg_().exp_()
+                sums[i : i + len(part)] = _sum_log1p(work, torch.empty_like(work)) + part.clamp(min=0).sum(1)
+            self._set("softplus", start, sums)
 
     # ---------------------------------------------------------------------------------------------- pass 2
 
@@ -208,9 +228,9 @@ class Walk:
             into: the sums so far.
         """
         stop = min(start + self.block, self.count)
-        tile = self._tile(start, stop)
+        tile, fresh = self._tile(start, stop)
         anchors = self._rows(self.anchors, start, stop)
-        self._turn_into_gradient(tile, start, stop, totals, cotangents)
+        self._turn_into_gradient(tile, start, stop, totals, cotangents, fresh=fresh)
         if self.gradient_dtype is None:
             product = tile @ self.candidates
             self._add_candidates(into.candidates, tile, anchors * self.scale)
@@ -237,7 +257,14 @@ class Walk:
         self.in_scratch = None
 
     def _turn_into_gradient(
-        self, tile: Tensor, start: int, stop: int, totals: Mapping[str, Tensor], cotangents: Mapping[str, Tensor]
+        self,
+        tile: Tensor,
+        start: int,
+        stop: int,
+        totals: Mapping[str, Tensor],
+        cotangents: Mapping[str, Tensor],
+        *,
+        fresh: bool,
     ) -> None:
         """S -> dL/dS without the positives, in place. What is masked may overflow on the way; it ends as 0."""
 
@@ -247,23 +274,36 @@ class Walk:
         def of_columns(values: Mapping[str, Tensor], name: str) -> Tensor:
             return _pick(values[name], self.columns)
 
-        parts: list[Callable[[Tensor, Tensor, slice], Tensor]] = []
-        if "rows" in self.totals:
-            peaks, factor = of_rows(totals, "rows"), of_rows(cotangents, "rows")
-            parts.append(lambda s, out, at: torch.sub(s, peaks[at], out=out).exp_().mul_(factor[at]))
-        if "columns" in self.totals:
-            column_peaks, column_factor = of_columns(totals, "columns"), of_columns(cotangents, "columns")
-            parts.append(lambda s, out, at: torch.sub(s, column_peaks, out=out).exp_().mul_(column_factor))
+        both = "columns" in self.totals
         if "softplus" in self.totals:
-            weight = of_rows(cotangents, "softplus")
-            parts.append(lambda s, out, at: torch.sigmoid(s, out=out).mul_(weight[at]))
-        for i, part, work in self._slices(tile):
-            at = slice(i, i + len(part))
-            for turn in parts[:-1]:
-                turn(part, work, at)
-            parts[-1](part, part, at)
-            if len(parts) > 1:
-                part.add_(work)
+            slopes = of_rows(cotangents, "softplus")
+            for i, part, work in self._slices(tile):
+                if self.bounded and fresh:
+                    part.exp_()
+                sigmoid = part.div_(torch.add(part, 1, out=work)) if self.bounded else part.sigmoid_()
+                sigmoid.mul_(slopes[i : i + len(part)])
+        elif self.bounded:
+            # e^(s - peak) = e^s e^-peak: one factor for each entry.
+            rows = of_rows(cotangents, "rows") * _finite(of_rows(totals, "rows")).neg().exp()
+            columns = (
+                of_columns(cotangents, "columns") * _finite(of_columns(totals, "columns")).neg().exp() if both else 0
+            )
+            for i, part, work in self._slices(tile):
+                if fresh:
+                    part.exp_()
+                factors = rows[i : i + len(part)]
+                part.mul_(torch.add(factors, columns, out=work) if both else factors)
+        else:
+            rows, peaks = of_rows(cotangents, "rows"), of_rows(totals, "rows")
+            for i, part, work in self._slices(tile):
+                at = slice(i, i + len(part))
+                if both:
+                    torch.sub(part, of_columns(totals, "columns"), out=work).exp_().mul_(
+                        of_columns(cotangents, "columns")
+                    )
+                part.sub_(peaks[at]).exp_().mul_(rows[at])
+                if both:
+                    part.add_(work)
         if "row_sums" in self.totals:
             tile.add_(of_rows(cotangents, "row_sums"))
         if "column_sums" in self.totals:
@@ -365,3 +405,14 @@ def _pick(tensor: Tensor, index: Tensor | None) -> Tensor:
 def _finite(peaks: Tensor) -> Tensor:
     """Where everything is masked, 0: subtracting -inf would make NaN."""
     return torch.where(peaks.isneginf(), 0, peaks)
+
+
+def _sum_log1p(x: Tensor, work: Tensor) -> Tensor:
+    """Each row's sum of log(1 + x), x >= 0, in place.
+
+    With y the rounded 1 + x, log(1 + x) is log(y) + (x - (y - 1)) / y to the last digit: as exact as log1p and
+    several times as fast.
+    """
+    y = torch.add(x, 1, out=work)
+    lost = (x - (y - 1)).div_(y).sum(1)
+    return y.log_().sum(1).add_(lost)

@@ -5,6 +5,7 @@ from mmcontrast.objectives.gap import Alignment, CrossUniformity, Uniformity
 from mmcontrast.objectives.infonce import DCL, InfoNCE
 from mmcontrast.objectives.pairs import all_pairs, pairs_with
 from mmcontrast.objectives.siglip import SigLIP
+from mmcontrast.objectives.symile import Symile
 
 __all__ = [
     "DCL",
@@ -14,6 +15,7 @@ __all__ = [
     "InfoNCE",
     "Objective",
     "SigLIP",
+    "Symile",
     "Totals",
     "Uniformity",
     "all_pairs",

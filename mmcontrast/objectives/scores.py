@@ -121,6 +121,8 @@ class ScoreObjective(Objective):
             name, _, statistic = key.rpartition("/")
             found.setdefault(name, {})[statistic] = value
         terms = [self.term(name, Statistics(**statistics), present) for name, statistics in found.items()]
+        if not terms:  # no row has what the matrices need
+            return next(iter(present.values())).new_zeros((), dtype=torch.float32)
         return torch.stack(terms).sum()
 
 
