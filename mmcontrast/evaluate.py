@@ -281,7 +281,7 @@ def _of_rank(totals: Totals, name: str, batch: GlobalBatch) -> dict[str, Tensor]
 def _in_blocks(
     objective: Objective, batch: GlobalBatch, aux: Mapping[str, Tensor], block: int | None, into: Accumulator
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Two passes over this rank's blocks: totals, then gradients. A single block keeps its graph: one pass."""
+    """Two passes over the blocks: totals, then gradients. One pass where cotangents need no totals, or for one block."""
     n = batch.n
     starts = range(0, n, block or n)
     parameters = trainable(objective)
@@ -290,8 +290,24 @@ def _in_blocks(
         seen = batch.block(objective, aux, start, min(start + starts.step, n))
         return objective.partial(seen), seen
 
-    kept = run(0) if len(starts) == 1 else None
-    if kept is not None:
+    def add(start: int, partial: Totals, seen: Block, totals: Totals, cotangents: Totals) -> None:
+        outputs, weights = _cotangents_of_block(partial, totals, cotangents)
+        leaves = [*seen.anchors.values(), *seen.z.values()]
+        found = gradients_of(outputs, [*leaves, *parameters], weights)
+        into.add(seen, start, found[: len(leaves)])
+        into.add_parameters(parameters, found[len(leaves) :])
+
+    kept: tuple[Totals, Block] | None = None
+    if objective.linear:
+        parts: list[Totals] = []
+        for start in starts:
+            partial, seen = run(start)
+            parts.append(_detach(partial))
+            # Of a linear function the gradient is the same everywhere, so also at what one block knows.
+            add(start, partial, seen, parts[-1], _finalize(objective, parts[-1], batch, parameters)[1])
+        local = reduce(_merge, parts)
+    elif len(starts) == 1:
+        kept = run(0)
         local = _detach(kept[0])
     else:
         with torch.no_grad():
@@ -304,14 +320,9 @@ def _in_blocks(
     loss, cotangents, own = _finalize(objective, totals, batch, parameters)
     # Every rank finalizes the same totals: only one may count the parameters that finalize itself reads.
     into.add_parameters(parameters, own if batch.world.rank == 0 else [None] * len(own))
-
-    for start in starts:
-        partial, seen = kept or run(start)
-        outputs, weights = _cotangents_of_block(partial, totals, cotangents)
-        leaves = [*seen.anchors.values(), *seen.z.values()]
-        found = gradients_of(outputs, [*leaves, *parameters], weights)
-        into.add(seen, start, found[: len(leaves)])
-        into.add_parameters(parameters, found[len(leaves) :])
+    if not objective.linear:
+        for start in starts:
+            add(start, *(kept or run(start)), totals, cotangents)
     with torch.no_grad():
         return loss, objective.observe(totals, batch.present)
 

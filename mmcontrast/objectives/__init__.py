@@ -6,13 +6,16 @@ from mmcontrast.objectives.infonce import DCL, InfoNCE
 from mmcontrast.objectives.pairs import all_pairs, pairs_with
 from mmcontrast.objectives.siglip import SigLIP
 from mmcontrast.objectives.symile import Symile
+from mmcontrast.objectives.targets import CWCL, MultiPositive
 
 __all__ = [
+    "CWCL",
     "DCL",
     "Alignment",
     "Block",
     "CrossUniformity",
     "InfoNCE",
+    "MultiPositive",
     "Objective",
     "SigLIP",
     "Symile",

@@ -70,6 +70,9 @@ class Objective(nn.Module, Configurable):
     whole: ClassVar[bool] = False
     """True for a formula of the whole batch only: evaluated on all rows on every rank; right, not memory-scalable."""
 
+    linear: ClassVar[bool] = False
+    """True if `finalize` is linear in sums and takes no log-sum-exps: then one pass over the blocks suffices."""
+
     candidates: Sequence[str]
     """Modalities whose rows every block must see; only these travel between ranks."""
     modalities: Sequence[str]

@@ -24,6 +24,8 @@ from mmcontrast.objectives.scores import ScoreObjective, Scores, Statistics, lab
 class Alignment(Objective):
     """Mean squared distance of matched rows (Wang & Isola 2020, arXiv:2005.10242, with alpha = 2)."""
 
+    linear = True
+
     @dataclass(kw_only=True)
     class Config(Objective.Config):
         """Which pairs."""
