@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -102,6 +102,54 @@ def prep_table(
     )
 
 
+def prep_stamps(
+    out: Positional[Path],
+    root: Path = Path("/"),
+    fetch: bool = False,
+    val: float = 0.05,
+    test: float = 0.2,
+    overwrite: bool = False,
+) -> None:
+    """Tux Paint stamps: pictures with captions in many languages, from a Debian package.
+
+    Args:
+        out: folder that gets train/, val/ and test/.
+        root: / if the package is installed, or the folder it was unpacked in.
+        fetch: download and unpack the package into the cache folder instead.
+        val: share of the captions for validation.
+        test: share of the captions for testing.
+        overwrite: replace shards that are there.
+    """
+    from mmcontrast.data_prep.stamps import prepare
+
+    prepare(out, root=root, fetch=fetch, val=val, test=test, overwrite=overwrite)
+
+
+def prep_prompts(
+    out: Positional[Path],
+    languages: tuple[str, ...] = ("en", "es", "fr", "it", "ru"),
+    root: Path = Path("/"),
+    fetch: bool = False,
+    val: float = 0.05,
+    test: float = 0.2,
+    overwrite: bool = False,
+) -> None:
+    """Asterisk's spoken prompts with their texts in five languages, from Debian packages (the extra [audio]).
+
+    Args:
+        out: folder that gets train/, val/ and test/.
+        languages: two letters each.
+        root: / if the packages are installed, or the folder they were unpacked in.
+        fetch: download and unpack the packages into the cache folder instead.
+        val: share of the prompts for validation.
+        test: share of the prompts for testing.
+        overwrite: replace shards that are there.
+    """
+    from mmcontrast.data_prep.prompts import prepare
+
+    prepare(out, languages=languages, root=root, fetch=fetch, val=val, test=test, overwrite=overwrite)
+
+
 def prep_index(folder: Positional[Path], overwrite: bool = False) -> None:
     """Index and manifest for shards that others wrote, such as img2dataset.
 
@@ -144,6 +192,67 @@ def _train_usage(recipe: Positional[str]) -> None:
     """
 
 
+def check_grads(arguments: Sequence[str]) -> None:
+    """`check grads RECIPE [--overrides]`: the recipe's own settings are flags beside the check's."""
+    from mmcontrast.recipe import load_recipe
+
+    trust, words = _take_trust(arguments)
+    asked, rest = tyro.cli(_grads_usage, prog="mmcontrast check grads", args=words, return_unknown_args=True)
+    recipe = load_recipe(asked["recipe"], trust)
+    prog = f"mmcontrast check grads {asked['recipe']}"
+    config = tyro.cli(type(recipe), default=recipe, prog=prog, args=rest, description="")
+
+    from mmcontrast.check.grads import check_grads as check
+
+    proof = check(
+        config,
+        rows=asked["rows"],
+        ranks=asked["ranks"],
+        tolerance=asked["tolerance"],
+        timeout=asked["timeout"],
+        say=lambda text: print(f"check grads: {text}", file=sys.stderr, flush=True),
+    )
+    print(f"{asked['recipe']}: {proof.as_text()}")
+    _write_json(asked["json_file"], {"recipe": asked["recipe"], **proof.as_json()})
+    if not proof.passed:
+        raise SystemExit(1)
+
+
+def _grads_usage(
+    recipe: Positional[str],
+    rows: int = 32,
+    ranks: tuple[int, ...] = (2, 4),
+    tolerance: float = 1e-9,
+    timeout: float = 600.0,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> dict[str, Any]:
+    """Prove that a recipe's gradient is the same whatever the micro-batch, the block and the number of processes.
+
+    On real samples of the recipe, in float64, on the CPU: the trainer's own step in one process and on several is
+    compared with plain autograd of the full batch, as the samples are and with modalities dropped at random. Layers
+    that mix samples, randomness that cannot be replayed and objectives that do not add up are named. Exit code 0 if it
+    is proved, 1 if not.
+
+    The recipe's settings are flags as well, as in `train`: mmcontrast check grads emoji --data.shards FOLDER
+
+    Args:
+        recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json; `--trust` as in `train`.
+        rows: samples to draw, a multiple of 8.
+        ranks: numbers of processes to try beside one; none leaves them out.
+        tolerance: largest relative error that passes.
+        timeout: seconds that several processes may take.
+        json_file: also write what was found here.
+    """
+    return {
+        "recipe": recipe,
+        "rows": rows,
+        "ranks": ranks,
+        "tolerance": tolerance,
+        "timeout": timeout,
+        "json_file": json_file,
+    }
+
+
 def _take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split `--trust MODULE` (any number) from the recipe's own flags."""
     trust: list[str] = []
@@ -161,7 +270,7 @@ def _take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def evaluate(
     model: Positional[Path],
-    data: Positional[tuple[str, ...]],
+    data: Positional[tuple[str, ...]] = (),
     tasks: tuple[Literal["zero_shot", "retrieval"], ...] = ("zero_shot", "retrieval"),
     label: str = "label",
     templates: tuple[str, ...] = ("{c}",),
@@ -170,11 +279,11 @@ def evaluate(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     trust: tuple[str, ...] = (),
 ) -> None:
-    """Ask a trained model questions about shards.
+    """Ask a trained model questions about shards; without shards, the questions that its recipe asks.
 
     Args:
         model: run folder, or one of its step-N folders.
-        data: folders with shards, globs or ranges; each is a data set of its own.
+        data: folders with shards, globs or ranges; each is a data set of its own. None: the evaluators of the recipe.
         tasks: questions to ask.
         label: metadata field with the class name, for zero_shot.
         templates: prompts with {c} for the class name.
@@ -185,11 +294,72 @@ def evaluate(
     """
     from mmcontrast.eval.report import answer, as_table
 
-    if not data or not tasks:
-        raise ConfigError("eval needs at least one data set and one task: mmcontrast eval MODEL DATA…")
-    results = answer(model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust)
+    if not data:
+        from mmcontrast.eval.recipe import answer_again
+
+        results = answer_again(model, trust=trust)
+    elif not tasks:
+        raise ConfigError("eval needs at least one task: mmcontrast eval MODEL DATA… --tasks zero_shot")
+    else:
+        results = answer(
+            model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust
+        )
     print(as_table(results))
     _write_json(json_file, results)
+
+
+def caption(
+    model: Positional[Path],
+    files: Positional[tuple[str, ...]],
+    method: Literal["greedy", "beam", "top_p"] = "greedy",
+    beams: int = 4,
+    top_p: float = 0.9,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    repetition_penalty: float = 1.0,
+    head: str | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Describe pictures in words, with a model that has a captioning head.
+
+    Args:
+        model: run folder, or one of its step-N folders.
+        files: pictures, or whatever the head describes.
+        method: the likeliest word each time, beam search, or a draw from the likeliest words.
+        beams: beginnings that beam search keeps.
+        top_p: probability of the words that are drawn from.
+        temperature: above 1 draws more boldly, below 1 less.
+        seed: of the draws.
+        max_tokens: tokens after which a text is cut.
+        repetition_penalty: above 1, makes tokens less likely that the text has.
+        head: name of the captioning head, if the model has several.
+        json_file: also write the captions here.
+        trust: modules or .py files whose classes the run's config may name.
+    """
+    from mmcontrast.checkpoint import load
+    from mmcontrast.shards import BadSample
+
+    if not files:
+        raise ConfigError("caption needs at least one file: mmcontrast caption MODEL PICTURE…")
+    try:
+        texts = load(model, trust=trust).caption(
+            files,
+            head=head,
+            method=method,
+            beams=beams,
+            top_p=top_p,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            repetition_penalty=repetition_penalty,
+        )
+    except BadSample as error:
+        raise ConfigError(str(error)) from None
+    for file, text in zip(files, texts, strict=True):
+        print(f"{file}\t{text}")
+    _write_json(json_file, [{"file": file, "caption": text} for file, text in zip(files, texts, strict=True)])
 
 
 def index_build(
@@ -281,22 +451,36 @@ def _write_json(path: Path | None, value: Any) -> None:
 
 
 def _prep() -> None:
-    """Raw data -> shards with a manifest: emoji, folder, table, index."""
+    """Raw data -> shards with a manifest: emoji, stamps, prompts, folder, table, index."""
 
 
 def _index() -> None:
     """Build and search an index: build, search."""
 
 
+def _check() -> None:
+    """Prove something about a recipe before it trains: grads."""
+
+
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "prep": {"emoji": prep_emoji, "folder": prep_folder, "table": prep_table, "index": prep_index},
+    "prep": {
+        "emoji": prep_emoji,
+        "stamps": prep_stamps,
+        "prompts": prep_prompts,
+        "folder": prep_folder,
+        "table": prep_table,
+        "index": prep_index,
+    },
+    "check": {"grads": cast(Callable[..., None], _grads_usage)},
     "index": {"build": index_build, "search": index_search},
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "prep": _prep,
+    "check": _check,
     "train": _train_usage,
     "eval": evaluate,
+    "caption": caption,
     "index": _index,
 }
 
@@ -307,6 +491,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if words[:1] == ["train"] and words[1:]:
             train(words[1:])
+        elif words[:2] == ["check", "grads"] and words[2:]:
+            check_grads(words[2:])
         elif words and words[0] in GROUPS:
             commands = GROUPS[words[0]]
             tyro.extras.subcommand_cli_from_dict(

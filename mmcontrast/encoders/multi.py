@@ -239,6 +239,8 @@ class MultiEncoder(nn.Module, Configurable):
         """Inputs of `batch_size` samples at a time."""
         if isinstance(values, (str, bytes)):
             raise ConfigError(f"{caller} takes a list of samples, got one {type(values).__name__}: put it into [ ]")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
         transform = self.encoder(modality).transform(train=False)
         for i in range(0, len(values), batch_size):
             yield transform.collate([_prepare(transform, v) for v in values[i : i + batch_size]])
