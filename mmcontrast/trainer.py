@@ -41,7 +41,7 @@ from mmcontrast.objectives.base import Objective
 from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
 from mmcontrast.sharding import Result, World, value_and_grad
 
-_FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "micro_batch", "block")
+_FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "micro_batch", "block", "keep_bytes")
 _FREE_DATA = ("shards", "workers", "timeout", "max_bad_fraction")  # which data they are, the fingerprint says
 
 
@@ -76,6 +76,8 @@ class Trainer(Configurable):
         """Samples that a rank encodes at once; bounds memory and changes no gradient (with dropout, other masks)."""
         block: int | None = 1024
         """Anchors whose scores a rank holds at once; bounds the loss's memory and changes no gradient."""
+        keep_bytes: int = 256 << 20
+        """Scores that fit into this are not computed twice; changes no gradient."""
         optimizer: AdamW.Config = field(default_factory=AdamW.Config)
         """Optimizer."""
         schedule: Cosine.Config = field(default_factory=Cosine.Config)
@@ -244,6 +246,7 @@ class Trainer(Configurable):
         for name, term in self.terms.items():
             term.clamp()
             values |= {f"{name}.{key}": value for key, value in term.metrics().items()}
+        values |= result.observed
         if len(result.terms) > 1:
             values |= {f"{name}.loss": value for name, value in result.terms.items()}
         return values
@@ -262,6 +265,7 @@ class Trainer(Configurable):
             batch.ids,
             groups=batch.groups,
             block=self.config.block,
+            keep_bytes=self.config.keep_bytes,
             step=step,
             world=self.world,
         )
@@ -383,6 +387,8 @@ def _check(config: Trainer.Config) -> None:
     for name in ("block", "eval_every"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1, or None")
+    if config.keep_bytes < 0:
+        raise ConfigError(f"keep_bytes is {config.keep_bytes}; it must be 0 or more")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm is {config.clip_norm}; it must be above 0, or None")
     if not 0 <= config.seed < 2**63:
