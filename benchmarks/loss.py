@@ -71,6 +71,7 @@ class Plan:
         ranks: n of time and bytes between ranks.
         ranks_memory: n of the peak memory per rank.
         rounds: measured rounds at N = 4096; more below, fewer above.
+        least_rounds: at large N.
         most_rounds: at small N.
         d: dimensions.
         threads: of one process.
@@ -87,17 +88,25 @@ class Plan:
     ranks: int = 2048
     ranks_memory: int = 4096
     rounds: int = 15
+    least_rounds: int = 5
     most_rounds: int = 25
     d: int = 512
     threads: int = 2
 
     def rounds_at(self, n: int) -> int:
-        """Rounds for N rows: of about equal total duration, at least 5."""
-        return int(min(self.most_rounds, max(5, self.rounds * (4096 / n) ** 2)))
+        """Rounds for N rows: of about equal total duration."""
+        return int(min(self.most_rounds, max(self.least_rounds, self.rounds * (4096 / n) ** 2)))
 
 
 QUICK = Plan(
-    growth=(1024, 2048, 4096), compared=4096, variants=(4096,), memory=None, alone=None, rounds=5, most_rounds=9
+    growth=(1024, 2048, 4096),
+    compared=4096,
+    variants=(4096,),
+    memory=None,
+    alone=None,
+    rounds=3,
+    least_rounds=3,
+    most_rounds=9,
 )
 
 
