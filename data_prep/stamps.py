@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ ARTICLES: Mapping[str, tuple[str, ...]] = {
     "ru": (),
 }
 """Language -> words that a name does not begin with."""
-_SIDE = 128
+_SIDE = 160
 
 
 def prepare(
@@ -43,9 +43,9 @@ def prepare(
 ) -> Summary:
     """Write OUT/train, OUT/val and OUT/test.
 
-    A sample is a picture (`png`), its English caption (`txt`), the sound of what it shows where there is one (`ogg`
-    or `wav`), and metadata: `label`, the name in English; `names`, by language, for the languages of `ARTICLES`;
-    `captions`, by locale; `group`, one of 16 kinds of things; `file`.
+    A sample is a picture (`png`, on white, at most 160 pixels wide and high), its English caption (`txt`), the sound
+    of what it shows where there is one (`ogg` or `wav`), and metadata: `label`, the name in English; `names`, by
+    language, for the languages of `ARTICLES`; `captions`, by locale; `group`, one of 16 kinds of things; `file`.
 
     Args:
         out: where the shards are written.
@@ -76,7 +76,6 @@ def _item(folder: Path, path: Path, number: int) -> Item | Refused:
         picture = _picture(path)
         if picture is None:
             return Refused(where, "no picture")
-        image(picture)
         members: dict[str, Any] = {"png": picture, "txt": captions["en"]}
         for extension in ("ogg", "wav"):
             if (sound := path.with_suffix(f".{extension}")).is_file() and len(members) < 3:
@@ -117,27 +116,32 @@ def name(caption: str, language: str) -> str:
 
 
 def _picture(path: Path) -> bytes | None:
+    """PNG on white with sides of at most `_SIDE`, which is what most of them have; a few are ten times larger."""
+    from PIL import Image
+
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    if png.is_file():
-        return png.read_bytes()
-    return _renderer()(svg) if svg.is_file() else None
+    if not png.is_file() and not svg.is_file():
+        return None
+    data = png.read_bytes() if png.is_file() else _renderer()(svg)
+    picture = Image.fromarray(image(data).permute(1, 2, 0).numpy())
+    picture.thumbnail((_SIDE, _SIDE))
+    if picture.convert("L").getextrema() == (255, 255):
+        raise BadSample("the picture is blank")
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
-def _renderer() -> Any:
+def _renderer() -> Callable[[Path], bytes]:
     try:
         import resvg_py
     except ImportError:
         raise ConfigError("drawings are rendered by resvg: pip install 'mmcontrast[demo]'") from None
-    from PIL import Image
 
     def render(svg: Path) -> bytes:
         try:
-            png = bytes(resvg_py.svg_to_bytes(svg_string=svg.read_text("utf-8"), height=_SIDE))
-            with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
-                if picture.convert("RGBA").getchannel("A").getextrema() == (0, 0):
-                    raise BadSample("the drawing is blank")
+            return bytes(resvg_py.svg_to_bytes(svg_string=svg.read_text("utf-8"), height=_SIDE))
         except ValueError as error:
             raise BadSample(f"the drawing cannot be rendered: {error}") from None
-        return png
 
     return render

@@ -136,7 +136,8 @@ class Stream(Configurable):
             position = self.compose.anchor(self.order.at(lane, turn + away))
             try:
                 torch.default_generator.manual_seed(seed)
-                return self.compose.example(position, seed, meta=bool(self.config.groups))
+                # Another draw each time: the same one would meet the same damaged companion.
+                return self.compose.example(position, fold_seed(seed, attempt), meta=bool(self.config.groups))
             except BadSample as error:
                 skipped.append((*self.shards.name(position), str(error)))
         shard, key, reason = skipped[-1]

@@ -19,6 +19,8 @@ from mmcontrast.data.compose import Compose, pick
 from mmcontrast.data.reader import Reader
 from mmcontrast.shards import BadSample, open_shards
 
+_KEPT_BYTES = 64 << 20  # of decoded pictures, per process
+
 
 class SymileM3(Compose):
     """The construction of Symile-M3 (Saporta et al. 2024, arXiv:2411.01053, sec. 5.2), drawn on the fly.
@@ -68,6 +70,8 @@ class SymileM3(Compose):
                 raise ConfigError(f"SymileM3 does not make the modality {modality!r}{suggest(modality, known)}")
         self.config = config
         self.facts = {"pairwise_bound": 1 / len(config.languages)}
+        self._kept: dict[int, Any] = {}
+        self._room = _KEPT_BYTES
         names = [self._names(position) for position in range(len(reader.shards))]
         self.words = _distinct({n for n in names if n is not None})
         number = {n: k for k, n in enumerate(self.words)}
@@ -117,13 +121,23 @@ class SymileM3(Compose):
             words[last], words[other] = words[other], words[last]
         found: dict[str, Any] = {self.config.text: " ".join(words)}
         if self.config.image in self.reader.transforms:
-            found[self.config.image] = self.reader.raw(position, self.config.image)
+            found[self.config.image] = self._picture(position)
         if self.config.audio in self.reader.transforms:
             try:
                 found[self.config.audio] = self.recordings.raw(recording, self.config.audio)
             except BadSample as error:
                 raise BadSample(f"{'/'.join(self.recordings.shards.name(recording))}: {error}") from None
         return {m: found[m] for m in self.reader.transforms if found[m] is not None}
+
+    def _picture(self, position: int) -> Any:
+        """The decoded picture, kept where there is room: a small set of anchors comes back hundreds of times."""
+        if position in self._kept:
+            return self._kept[position]
+        picture = self.reader.raw(position, self.config.image)
+        if picture is not None and self._room >= picture.nbytes:
+            self._kept[position] = picture
+            self._room -= picture.nbytes
+        return picture
 
     def meta(self, position: int) -> Mapping[str, Any]:
         """The class, as the field `class`, beside the picture's own metadata."""

@@ -7,6 +7,7 @@ S samples, F frames, M mel bands, C width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,11 @@ class LogMel(nn.Module):
         from torchaudio.transforms import MelSpectrogram
 
         window, self.hop = round(0.025 * rate), round(0.010 * rate)
-        # Finer than the window asks for: or else the lowest bands would lie between two frequencies and be empty.
-        size = 1 << (2 * window - 1).bit_length()
+        top = 2595 * math.log10(1 + rate / 2 / 700)  # of the mel scale (HTK's)
+        lowest = 700 * (10 ** (2 * top / (mels + 1) / 2595) - 1)  # width of the lowest band in Hz
+        size = 1 << (window - 1).bit_length()
+        while rate / size >= lowest:  # or else the band would lie between two frequencies and be empty
+            size *= 2
         self.spectrum = MelSpectrogram(
             rate, n_fft=size, win_length=window, hop_length=self.hop, n_mels=mels, center=True, pad_mode="constant"
         )
