@@ -12,12 +12,13 @@ from typing import Any
 from mmcontrast.checkpoint import find_checkpoint, load_checkpoint
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.embed import embed, has
+from mmcontrast.eval.geometry import Geometry
 from mmcontrast.eval.index import Hit, Index
 from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
 from mmcontrast.eval.zero_shot import ZeroShot
 from mmcontrast.shards import open_shards
 
-_TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
+_TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval", "geometry": "geometry"}
 
 
 def answer(
@@ -43,7 +44,7 @@ def answer(
     model = load_checkpoint(checkpoint, trust=trust)
     results: list[dict[str, Any]] = []
     for dataset in datasets:
-        needed = pair if "retrieval" in tasks else pair[:1]
+        needed = pair[:1] if set(tasks) == {"zero_shot"} else pair
         zero_shot = ZeroShot.Config(
             data=(dataset,),
             modality=pair[0],
@@ -60,6 +61,8 @@ def answer(
             try:
                 if task == "zero_shot":
                     metrics = ZeroShot(zero_shot).score(model, data)
+                elif task == "geometry":
+                    metrics = Geometry(Geometry.Config(data=(dataset,), pair=pair)).score(data)
                 else:
                     metrics = clip_benchmark_names(Retrieval(retrieval).score(data), retrieval.k)
             except ConfigError as error:

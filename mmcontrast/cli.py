@@ -271,7 +271,7 @@ def _take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def evaluate(
     model: Positional[Path],
     data: Positional[tuple[str, ...]] = (),
-    tasks: tuple[Literal["zero_shot", "retrieval"], ...] = ("zero_shot", "retrieval"),
+    tasks: tuple[Literal["zero_shot", "retrieval", "geometry"], ...] = ("zero_shot", "retrieval"),
     label: str = "label",
     templates: tuple[str, ...] = ("{c}",),
     pair: tuple[str, str] = ("image", "text"),
@@ -287,7 +287,7 @@ def evaluate(
         tasks: questions to ask.
         label: metadata field with the class name, for zero_shot.
         templates: prompts with {c} for the class name.
-        pair: the modalities of retrieval; the first one is what zero_shot classifies.
+        pair: the modalities of retrieval and geometry; the first one is what zero_shot classifies.
         group: metadata field whose equal values are right answers to each other in retrieval.
         json_file: also write the results here, one object per data set and task.
         trust: modules or .py files whose classes the run's config may name.

@@ -1,0 +1,109 @@
+"""How two modalities lie in the shared space: the gap between them, and how evenly each is spread.
+
+Letters: n pairs, D dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.embed import Embedded, embed
+
+
+class Geometry(Configurable):
+    """The modality gap (Liang et al. 2022, arXiv:2203.02053), measured as by Fahim et al. 2024 (arXiv:2405.18570)."""
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """Where to look."""
+
+        data: tuple[str, ...]
+        """Shards with pairs."""
+        pair: tuple[str, str] = ("image", "text")
+        """The two modalities."""
+        t: float = 2.0
+        """Sharpness of uniformity."""
+
+    def __init__(self, config: Config) -> None:
+        if config.t <= 0:
+            raise ConfigError(f"geometry t is {config.t}; it must be above 0")
+        self.config = config
+
+    def run(self, model: MultiEncoder) -> dict[str, float | None]:
+        """Embed and measure; the metrics of `score`."""
+        return self.score(embed(model, self.config.data, modalities=self.config.pair))
+
+    def score(self, data: Embedded) -> dict[str, float | None]:
+        """Measures of the n pairs, each pair once.
+
+        - centroid_distance: |mean x - mean y|, 0 without a gap, at most 2.
+        - linear_separability: accuracy, on pairs held out, of a logistic regression that tells the modalities apart;
+          0.5 without a gap, 1 where a plane divides them. None below ten pairs.
+        - matched_cosine, mismatched_cosine: mean over pairs, and over all others.
+        - alignment: mean squared distance of pairs; uniformity_x: log mean e^{-t |a - b|^2} within a modality;
+          cross_uniformity: between rows of the two that are no pair. Lower is more even.
+        - effective_rank_x: e^entropy of the normalised singular values (Roy and Vetterli 2007), up to D.
+
+        Raises:
+            ConfigError: fewer than two samples have both modalities.
+        """
+        x, y = self.config.pair
+        rows, zx, zy = data.paired(x, y)
+        if len(rows) < 2:
+            raise ConfigError(f"{len(rows)} samples have both {x} and {y}; geometry needs at least 2")
+        zx, zy = zx.double(), zy.double()
+        matched = (zx * zy).sum(1)
+        across, mismatched = _spread(zx, zy, self.config.t)
+        found: dict[str, float | None] = {
+            "samples": float(len(rows)),
+            "centroid_distance": float((zx.mean(0) - zy.mean(0)).norm()),
+            "linear_separability": _separability(zx, zy),
+            "matched_cosine": float(matched.mean()),
+            "mismatched_cosine": mismatched,
+            "alignment": float((2 - 2 * matched).mean()),
+            "cross_uniformity": across,
+        }
+        for name, z in ((x, zx), (y, zy)):
+            found[f"uniformity_{name}"], found[f"cosine_within_{name}"] = _spread(z, z, self.config.t)
+            found[f"effective_rank_{name}"] = _effective_rank(z)
+        return found
+
+
+def _spread(a: Tensor, b: Tensor, t: float, *, chunk: int = 1024) -> tuple[float, float]:
+    """Log mean e^{-t |a_i - b_j|^2} and mean cosine over i != j; holds [chunk, n] scores at most."""
+    n = len(a)
+    powers, cosines = 0.0, 0.0
+    for start in range(0, n, chunk):
+        scores = a[start : start + chunk] @ b.T
+        own = torch.arange(len(scores))
+        cosines += float(scores.sum() - scores[own, own + start].sum())
+        scores = (t * (2 * scores - 2)).exp()
+        powers += float(scores.sum() - scores[own, own + start].sum())
+    pairs = n * (n - 1)
+    # Points on opposite sides at a large t: the mean may be below the smallest number.
+    return float(np.log(max(powers / pairs, np.finfo(np.float64).tiny))), cosines / pairs
+
+
+def _separability(x: Tensor, y: Tensor) -> float | None:
+    """Held-out accuracy of a linear classifier, both sides of a pair in one part; one pair in five is held out."""
+    if len(x) < 10:
+        return None
+    from sklearn.linear_model import LogisticRegression
+
+    held = torch.arange(len(x)) % 5 == 0
+    parts = [torch.cat([x[keep], y[keep]]).numpy() for keep in (~held, held)]
+    labels = [np.repeat([0, 1], int(keep.sum())) for keep in (~held, held)]
+    classifier = LogisticRegression(max_iter=1000).fit(parts[0], labels[0])
+    return float(classifier.score(parts[1], labels[1]))
+
+
+def _effective_rank(z: Tensor) -> float:
+    values = torch.linalg.svdvals(z - z.mean(0))
+    p = values / values.sum().clamp(min=torch.finfo(z.dtype).tiny)
+    return float(torch.exp(-(p * p.clamp(min=torch.finfo(z.dtype).tiny).log()).sum()))
