@@ -281,7 +281,7 @@ def _of_rank(totals: Totals, name: str, batch: GlobalBatch) -> dict[str, Tensor]
 def _in_blocks(
     objective: Objective, batch: GlobalBatch, aux: Mapping[str, Tensor], block: int | None, into: Accumulator
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Two passes over the blocks: totals, then gradients. One pass where cotangents need no totals, or for one block."""
+    """Two passes over the blocks: totals, then gradients. One pass where cotangents need no totals, or for a block."""
     n = batch.n
     starts = range(0, n, block or n)
     parameters = trainable(objective)
