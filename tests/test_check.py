@@ -24,15 +24,13 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.data import Stream
 from mmcontrast.encoders import CoCaText, MultiEncoder, ViT
+from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.image import CLIP_MEAN, CLIP_STD, ImageEncoder
 from mmcontrast.heads import Captioning
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.objectives.base import Block, Objective, Totals
 from mmcontrast.trainer import Trainer
 from tests.shapes import write_shapes
-from tests.tiny import text_transformer
-
-RECIPE = str(Path(__file__).with_name("shapes.py"))
 
 
 class Function(nn.Module):
@@ -153,6 +151,37 @@ class Small(ImageEncoder):
         return self
 
 
+class Letters(Transform):
+    kind = "text"
+
+    def __call__(self, value: Any) -> Tensor:
+        return torch.tensor([ord(letter) % 32 for letter in str(value).ljust(8)[-8:]])
+
+
+class Text(Encoder):
+    """A text as the mean of its last letters."""
+
+    kind = "text"
+
+    @dataclass(kw_only=True)
+    class Config(Encoder.Config):
+        pass
+
+    def __init__(self, config: Config, restore: Path | None = None) -> None:
+        super().__init__(config)
+        self.letters, self.dim = nn.Embedding(32, 16), 16
+        self.finish(config, pretrained=True)
+
+    def transform(self, *, train: bool) -> Letters:
+        return Letters()
+
+    def example(self) -> Tensor:
+        return Letters()("")[None]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.letters(x).mean(1), None
+
+
 class MeanOfBlock(Objective):
     """Wrong: a mean over the block's anchors does not add up."""
 
@@ -197,15 +226,23 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(shards: Path, middle: str = "right", **objectives: Objective.Config) -> Trainer.Config:
     return Trainer.Config(
-        model=MultiEncoder.Config(
-            encoders={"image": Small.Config(middle=middle), "text": text_transformer(context_length=8)}, dim=8
-        ),
+        model=MultiEncoder.Config(encoders={"image": Small.Config(middle=middle), "text": Text.Config()}, dim=8),
         data=Stream.Config(shards=(str(shards),), workers=0),
         objectives={"clip": InfoNCE.Config(), **objectives},
         steps=1,
         global_batch=8,
         out=Path("never written"),
     )
+
+
+def write_recipe(folder: Path, shards: Path, middle: str) -> str:
+    """A recipe as a person has it, in a file."""
+    file = folder / f"recipe_{middle.replace(' ', '_')}.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tests.test_check import recipe as make\n"
+        f"def recipe():\n    return make(Path({str(shards)!r}), {middle!r})\n"
+    )
+    return str(file)
 
 
 def checked(config: Trainer.Config, **settings: Any) -> Proof:
@@ -220,8 +257,8 @@ def test_the_command_proves_a_right_recipe_with_modalities_missing(
     sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.json"
-    words = ["check", "grads", RECIPE, "--data.shards", str(sparse), "--rows", "16", "--json", str(out)]
-    main([*words, "--out", str(tmp_path / "run")])  # patch dropout and augmentation are in this recipe
+    words = ["check", "grads", write_recipe(tmp_path, sparse, "dropout"), "--rows", "16", "--json", str(out)]
+    main([*words, "--out", str(tmp_path / "run"), "--model.encoders.image.color-jitter", "0.2"])
     said = capsys.readouterr()
     assert "The gradient is the same: one process, 2 processes, 4 processes" in said.out
     assert [line.split()[2] for line in said.err.splitlines()] == [f"{i}/6" for i in range(1, 7)]
@@ -350,13 +387,18 @@ def test_a_broken_encoder_is_named(shards: Path, middle: str, cause: str, says: 
 def test_the_command_ends_with_1_where_nothing_is_proved(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "recipe_with_noise.py"
-    file.write_text(
-        "from pathlib import Path\nfrom tests.test_check import recipe as make\n"
-        f"def recipe():\n    return make(Path({str(shards)!r}), 'own noise')\n"
-    )
     with pytest.raises(SystemExit) as ended:
-        main(["check", "grads", str(file), "--rows", "8", "--json", str(tmp_path / "found.json")])
+        main(
+            [
+                "check",
+                "grads",
+                write_recipe(tmp_path, shards, "own noise"),
+                "--rows",
+                "8",
+                "--json",
+                str(tmp_path / "found.json"),
+            ]
+        )
     assert ended.value.code == 1
     assert "NOT shown to be the same:\n- encoders.image.middle (OwnNoise)" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())

@@ -91,9 +91,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["train", RECIPE, "--data.shards", "SHARDS", "--data.lanes", "3"],
             "lanes (3) must divide the global batch (8)",
         ),
+        (["check", "grads", "emojy"], "there is no recipe 'emojy'; did you mean 'emoji'?"),
+        (["check", "grads", RECIPE, "--data.shards", "nowhere"], "no shards match 'nowhere'"),
+        (["check", "grads", RECIPE, "--rows", "9"], "rows is 9; 8 micro-batches are made of them"),
         (["eval", "nowhere", "SHARDS"], "there is no run folder 'nowhere'"),
         (["eval", "SHARDS", "SHARDS"], "holds no whole checkpoint"),
-        (["eval", "nowhere"], "eval needs at least one data set"),
+        (["eval", "nowhere"], "there is no run folder"),
         (["prep", "folder", "nowhere", "out"], "there is no folder 'nowhere'"),
         (["prep", "table", "nowhere.csv", "out"], "there is no table 'nowhere.csv'"),
         (["prep", "index", "SHARDS"], "exists; write it again with --overwrite"),
@@ -127,7 +130,18 @@ def test_a_mistyped_flag_is_corrected(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["prep"], ["prep", "folder"], ["train"], ["eval"], ["index"], ["index", "build"]]
+    "words",
+    [
+        [],
+        ["prep"],
+        ["prep", "folder"],
+        ["train"],
+        ["check"],
+        ["check", "grads"],
+        ["eval"],
+        ["index"],
+        ["index", "build"],
+    ],
 )
 def test_help_of_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

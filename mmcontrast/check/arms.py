@@ -206,11 +206,9 @@ def run_trainer(job: Job) -> dict[str, Comparison]:
 
     trainer.optimizer.register_step_pre_hook(take)
     drawn = trainer.stream.batch(job.step)
-    weights = load_file(job.folder / "weights.safetensors")
     compared: dict[str, Comparison] = {}
     for name in job.batches:
-        _load(trainer.model, weights, "model.")
-        _load(trainer.objectives, weights, "objectives.")
+        load_weights(job, trainer.model, trainer.objectives)
         values = trainer.step(job.step, batch_of(job, name, drawn, rank=trainer.world.rank))
         compared[name] = compare(float(values["loss"]), found, load_file(job.folder / f"{name}.safetensors"))
     trainer.accelerator.wait_for_everyone()  # one that ended now could take a collective's last words with it
@@ -224,6 +222,15 @@ def save_weights(job: Job, model: nn.Module, objectives: nn.Module) -> None:
     _save(job.folder / "weights.safetensors", state)
 
 
+def load_weights(job: Job, model: nn.Module, objectives: nn.Module) -> None:
+    """Set the weights and state that every arm starts from; a step may have changed the latter."""
+    from safetensors.torch import load_file
+
+    weights = load_file(job.folder / "weights.safetensors")
+    for prefix, module in (("model.", model), ("objectives.", objectives)):
+        module.load_state_dict({k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)})
+
+
 def save_reference(job: Job, name: str, loss: Tensor, gradients: Mapping[str, Tensor | None]) -> None:
     """Write what `run_trainer` compares with; a parameter without gradient is left out."""
     _save(job.folder / f"{name}.safetensors", {"loss": loss, **{k: t for k, t in gradients.items() if t is not None}})
@@ -233,10 +240,6 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file({k: t.detach().clone().contiguous() for k, t in tensors.items()}, path)
-
-
-def _load(module: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
-    module.load_state_dict({k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)})
 
 
 # ------------------------------------------------------------------------------------------------ comparison

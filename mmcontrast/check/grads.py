@@ -27,6 +27,7 @@ from mmcontrast.check.arms import (
     Job,
     batch_of,
     largest,
+    load_weights,
     prepared,
     reference,
     run_trainer,
@@ -183,6 +184,7 @@ def _save_reference(
 ) -> None:
     """Write the reference of one batch for the arms, and note what it shows."""
     c = job.config
+    load_weights(job, model, nn.ModuleDict(terms))
     loss, gradients = reference(model, terms, batch, micro_batch=c.micro_batch, seed=c.seed, step=job.step)
     save_reference(job, name, loss, gradients)
     present = {m: len(batch.rows[m]) for m in model.modalities}

@@ -64,6 +64,8 @@ class Proof:
         )
         if self.skipped:
             told += f" ({self.skipped} damaged samples replaced)"
+        if len(self.modalities) == 1:
+            told += "; with one modality, none is dropped"
         if not self.batches:
             return f"{told}\n\n{self.verdict()}"
         notes = "largest error relative to the largest entry, per part; reference: the loss, the largest entry"
