@@ -1,0 +1,191 @@
+"""Which candidate belongs to several known modalities: against loops, with ties, gaps and chance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmcontrast.cli import main
+from mmcontrast.config import ConfigError, to_dict
+from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder
+from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.joint import Joint
+from mmcontrast.shards import open_shards
+from tests.test_compose import LANGUAGES, config, data
+from tests.tiny import vit, write_run
+
+__all__ = ["data"]  # the fixture
+
+
+def embedded(n: int, rows: dict[str, list[int]], *, dim: int = 7, seed: int = 0, labels: Any = None) -> Embedded:
+    """Random embeddings, as `embed` would give them."""
+    draw = torch.Generator().manual_seed(seed)
+    z = {m: torch.nn.functional.normalize(torch.randn(len(r), dim, generator=draw), dim=1) for m, r in rows.items()}
+    meta = [{} if labels is None or labels[i] is None else {"kind": labels[i]} for i in range(n)]
+    nothing: Any = None
+    return Embedded(
+        z=z,
+        rows={m: torch.tensor(r) for m, r in rows.items()},
+        keys=[f"k{i}" for i in range(n)],
+        positions=torch.arange(n) * 3,
+        meta=meta,
+        skipped=[],
+        fingerprint="",
+        reader=nothing,
+        facts={"bound": 0.25},
+    )
+
+
+def slow(candidates: Embedded, queries: list[Embedded], known: list[str], score: str, k: int) -> tuple[float, float]:
+    """Accuracy and chance at k, query by query and candidate by candidate; draws are averaged per sample first."""
+
+    def label(e: Embedded, row: int) -> str:
+        value = e.meta[row].get("kind")
+        return f"own {row}" if value is None else str(value)
+
+    hits: dict[int, list[float]] = {}
+    chances: list[float] = []
+    rows = candidates.rows["image"].tolist()
+    for e in queries:
+        for row in range(len(e.keys)):
+            if not all(row in e.rows[m].tolist() for m in known):
+                continue
+            right = [label(candidates, r) == label(e, row) for r in rows]
+            if not any(right):
+                continue
+            parts = [e.z[m][e.rows[m].tolist().index(row)].tolist() for m in known]
+            scores: list[float] = []
+            for i in range(len(rows)):
+                c = candidates.z["image"][i].tolist()
+                if score == "product":
+                    terms = [c[d] for d in range(len(c))]
+                    for part in parts:
+                        terms = [t * part[d] for d, t in enumerate(terms)]
+                    scores.append(sum(terms))
+                else:
+                    scores.append(sum(sum(c[d] * part[d] for d in range(len(c))) for part in parts))
+            best = max(s for s, r in zip(scores, right, strict=True) if r)
+            before = sum(s >= best and not r for s, r in zip(scores, right, strict=True))
+            hits.setdefault(row, []).append(float(before < k))
+            miss = 1.0
+            for i in range(k):
+                miss *= max(0.0, (len(rows) - sum(right) - i) / (len(rows) - i))
+            chances.append(1 - miss)
+    per_sample = [sum(h) / len(h) for h in hits.values()]
+    return sum(per_sample) / len(per_sample), sum(chances) / len(chances)
+
+
+@pytest.mark.parametrize("score", ["product", "sum"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_scores_equal_a_slow_reference(score: Any, labelled: bool) -> None:
+    n = 40
+    labels = [None if i % 7 == 3 else f"c{i % 9}" for i in range(n)] if labelled else None
+    images = [i for i in range(n) if i % 5 != 2]
+    candidates = embedded(n, {"image": images}, labels=labels)
+    audio, text = [i for i in range(n) if i % 6 != 1], [i for i in range(n) if i % 4 != 3]
+    queries = [embedded(n, {"audio": audio, "text": text}, seed=s, labels=labels) for s in (1, 2, 3)]
+    # Random embeddings find little: half of the queries are moved towards what they look for.
+    for e in queries:
+        for place, row in enumerate(text):
+            if row in images and row % 2:
+                e.z["text"][place] = candidates.z["image"][images.index(row)]
+    asked = Joint(Joint.Config(data=("nowhere",), score=score, label="kind" if labelled else None))
+    found = asked.score(candidates, queries)
+    for k in (1, 5):
+        accuracy, chance = slow(candidates, queries, ["audio", "text"], score, k)
+        assert found[f"acc{k}"] == pytest.approx(accuracy) and found[f"chance@{k}"] == pytest.approx(chance)
+        low, high = found[f"acc{k}_low"], found[f"acc{k}_high"]
+        assert low is not None and high is not None and low < accuracy < high
+    acc1, acc5 = found["acc1"], found["acc5"]
+    assert acc1 is not None and acc5 is not None and 0 < acc1 < acc5 < 1
+    assert found["bound"] == 0.25 and found["candidates"] == len(images)
+
+
+def test_equal_embeddings_do_not_score() -> None:
+    candidates = embedded(8, {"image": list(range(8))})
+    queries = embedded(8, {"audio": list(range(8)), "text": list(range(8))})
+    for broken in (torch.ones(8, 7), torch.full((8, 7), torch.nan)):
+        same = replace(candidates, z={"image": broken})
+        assert Joint(Joint.Config(data=("x",))).score(same, [queries])["acc1"] == 0
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    candidates = embedded(4, {"image": [0, 1, 2, 3]}, labels=["a", "b", "c", "d"])
+    queries = embedded(4, {"audio": [0, 1], "text": [2, 3]}, labels=["a", "b", "c", "d"])
+    with pytest.raises(ConfigError, match="no sample has all of audio, text"):
+        Joint(Joint.Config(data=("x",))).score(candidates, [queries])
+    with pytest.raises(ConfigError, match="modality 'sound'"):
+        Joint(Joint.Config(data=("x",), candidate="sound")).score(candidates, [queries])
+    with pytest.raises(ConfigError, match="label 'colour'.*fields: kind"):
+        Joint(Joint.Config(data=("x",), label="colour")).score(candidates, [queries])
+    wrong: list[dict[str, Any]] = [{"draws": 0}, {"known": ()}, {"known": ("image", "text")}]
+    for settings in wrong:
+        with pytest.raises(ConfigError, match="draws|known"):
+            Joint.Config(data=("x",), **settings).build()
+
+
+# -------------------------------------------------------------------------------------------- on composed shards
+
+
+def model_config() -> MultiEncoder.Config:
+    return MultiEncoder.Config(
+        encoders={
+            "image": vit(),
+            "audio": MelConvNet.Config(sample_rate=8000, seconds=0.1, mels=8, width=8, layers=1),
+            "text": BagOfWords.Config(buckets=64, width=8),
+        },
+        dim=8,
+    )
+
+
+def question(data: Path, **settings: Any) -> Joint.Config:
+    defaults: dict[str, Any] = {"compose": config(data), "label": "class", "draws": 3}
+    return Joint.Config(data=(str(data / "pictures"),), **(defaults | settings))
+
+
+def test_the_same_question_has_the_same_answer(data: Path) -> None:
+    torch.manual_seed(0)
+    model: MultiEncoder = model_config().build()
+    first = question(data).build().run(model)
+    torch.manual_seed(1)
+    assert question(data).build().run(model) == first
+    assert first["queries"] == 39 and first["samples"] == 13 and first["classes"] == 12
+    assert first["pairwise_bound"] == pytest.approx(1 / len(LANGUAGES))
+    assert first["chance@1"] == pytest.approx((2 * (2 / 13) + 11 * (1 / 13)) / 13)
+
+
+def test_draws_differ_and_what_is_embedded_belongs_together(data: Path) -> None:
+    model: MultiEncoder = model_config().build()
+    shards = open_shards([str(data / "pictures")])
+    draws = [embed(model, shards, compose=config(data), draw=d) for d in (0, 1)]
+    assert torch.equal(draws[0].z["image"], draws[1].z["image"])
+    assert not torch.equal(draws[0].z["text"], draws[1].z["text"])
+    parts = [embed(model, shards, modalities=[m], compose=config(data)) for m in ("image", "audio", "text")]
+    for part in parts:
+        (modality,) = part.z
+        assert torch.allclose(part.z[modality], draws[0].z[modality], atol=1e-6)
+    assert draws[0].positions.tolist() == list(range(13)) and draws[0].meta[0]["class"] == "0"
+
+
+def test_eval_without_data_asks_what_the_recipe_asks(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", model_config())
+    with pytest.raises(SystemExit):
+        main(["eval", str(run)])
+    assert "asks no questions" in capsys.readouterr().err
+    settings = json.loads((run / "config.json").read_text())
+    asked = {"one": to_dict(question(data)), "two": to_dict(question(data, score="sum", draws=1))}
+    (run / "config.json").write_text(json.dumps(settings | {"evaluators": asked}))
+    main(["eval", str(run), "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [r["task"] for r in found] == ["one", "two"]
+    assert [r["metrics"]["queries"] for r in found] == [39, 13]
+    assert found[0]["dataset"] == str(data / "pictures") and found[0]["metrics"]["acc1_low"] is not None
+    out = capsys.readouterr().out
+    assert "pairwise_bound" in out and "acc1" in out
