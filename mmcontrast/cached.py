@@ -9,7 +9,7 @@ seeded before it is encoded, so the second forward repeats the first, a resumed 
 nothing has to be saved. Other micro-batches draw other masks.
 
 Heads (`mmcontrast.heads`) need tokens but no other sample. They run in the forwards that keep a graph, so once per
-sample; the first pass leaves them out, and neither tokens nor logits outlive their micro-batch.
+sample; the first pass leaves them out, and tokens live no longer than their micro-batch's graph.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from mmcontrast.data import Stream
 from mmcontrast.encoders import CascadePool, CoCaText, MultiEncoder, ViT
 from mmcontrast.heads import Captioning
 from mmcontrast.objectives import InfoNCE
-from mmcontrast.optim import AdamW
+from mmcontrast.optim import AdamW, Cosine
 from mmcontrast.trainer import Trainer
 
 
@@ -25,10 +25,10 @@ def recipe() -> Trainer.Config:
             encoders={
                 "image": CascadePool.Config(
                     tower=ViT.Config(
-                        image_size=64,
+                        image_size=48,
                         patch_size=8,
-                        width=192,
-                        layers=4,
+                        width=96,
+                        layers=3,
                         heads=3,
                         crop_scale=(0.8, 1.0),
                         color_jitter=0.2,
@@ -36,16 +36,17 @@ def recipe() -> Trainer.Config:
                     queries=32,
                     heads=3,
                 ),
-                "text": CoCaText.Config(context_length=16, width=192, layers=2, heads=3),
+                "text": CoCaText.Config(context_length=16, width=96, layers=2, heads=3),
             },
             heads={"caption": Captioning.Config(weight=2.0, layers=2, heads=3)},
             dim=256,
         ),
         data=Stream.Config(shards=("data/emoji/train",), workers=1),
         objectives={"clip": InfoNCE.Config()},
-        optimizer=AdamW.Config(lr=1e-3, weight_decay=0.1),
-        checkpoint=Checkpoints.Config(every=100),
-        steps=400,
+        optimizer=AdamW.Config(lr=2e-3, weight_decay=0.1),
+        schedule=Cosine.Config(warmup=0.05),
+        checkpoint=Checkpoints.Config(every=50),
+        steps=250,
         global_batch=128,
         micro_batch=128,
         block=128,

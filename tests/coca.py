@@ -143,6 +143,17 @@ def slow_caption_loss(model: MultiEncoder, ids: list[int], picture: Tensor) -> T
     return total
 
 
+def slow_contrastive_loss(x: Tensor, y: Tensor, has_x: Tensor, has_y: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's loss: each row of a pair against all rows that have the other modality."""
+    terms: list[Tensor] = []
+    for i in range(len(x)):
+        if has_x[i] and has_y[i]:
+            for anchor, others, has in ((x[i], y, has_y), (y[i], x, has_x)):
+                scores = {j: (scale * (anchor @ others[j])).exp() for j in range(len(x)) if has[j]}
+                terms.append(-(scores[i] / torch.stack(list(scores.values())).sum()).log())
+    return torch.stack(terms).mean()
+
+
 # ------------------------------------------------------------------------------------------------- a run
 
 

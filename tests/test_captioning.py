@@ -17,12 +17,12 @@ from mmcontrast.config import ConfigError
 from mmcontrast.encoders import CascadePool, CoCaText, Encoder, MultiEncoder, TextTransformer, TimmImage
 from mmcontrast.encoders.coca import visible_to
 from mmcontrast.heads import Captioning
+from mmcontrast.heads.vocabulary import summed_cross_entropy
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.sharding import Result, World, value_and_grad
 from tests import coca, tiny
-from tests.coca import TEXTS, batch_of, build, head_of, model_config, slow_caption_loss
+from tests.coca import TEXTS, batch_of, build, head_of, model_config, slow_caption_loss, slow_contrastive_loss
 from tests.conftest import SIZES, GlooPool
-from tests.objectives_for_tests import infonce_formula
 
 # ------------------------------------------------------------------------------------------------- the text tower
 
@@ -244,6 +244,34 @@ def test_loss_and_gradients_are_open_clips_where_that_one_is_right() -> None:
     assert (ours - want).abs() > 1e-3
 
 
+@pytest.mark.parametrize("chunk", [1, 20, 50, 1000])
+def test_cross_entropy_in_chunks_is_torchs(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (50, 40))
+    targets = torch.randint(0, 40, (50,), generator=generator)
+    ours, theirs = ((hidden.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2))
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        got = summed_cross_entropy(ours[0], ours[1], targets, chunk=chunk)
+    want = nn.functional.cross_entropy(theirs[0] @ theirs[1].T, targets, reduction="sum")
+    (got * 0.3).backward()
+    (want * 0.3).backward()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad is not None and b.grad is not None and b.grad.abs().max() > 0.1
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-13)
+    assert saved and max(saved) <= 150, "the logits were kept"
+    with torch.no_grad():
+        torch.testing.assert_close(summed_cross_entropy(hidden, weight, targets, chunk=chunk), want.detach())
+
+    half = (hidden.float().requires_grad_(), weight.float().requires_grad_())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = summed_cross_entropy(half[0], half[1], targets, chunk=chunk)
+    low.backward()
+    assert low.dtype == torch.float32 and all(t.grad is not None and t.grad.dtype == torch.float32 for t in half)
+    torch.testing.assert_close(low.double(), want.detach(), rtol=1e-2, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------- every split
 
 ROWS = 12
@@ -323,8 +351,9 @@ def reference(request: pytest.FixtureRequest) -> tuple[bool, float, float, dict[
             sums.append(slow_caption_loss(model, ids, tokens["image"][at["image"]]))
             words += n - 1
     caption = torch.stack(sums).sum() / words
-    objective = InfoNCE.Config(weight=0.5).build().double()
-    loss = 0.5 * infonce_formula(objective, z, present, batch, 0) + 2.0 * caption
+    scale = InfoNCE.Config().build().double().log_scale.exp()
+    contrastive = slow_contrastive_loss(z["image"], z["text"], present["image"], present["text"], scale)
+    loss = 0.5 * contrastive + 2.0 * caption
     loss.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     return missing, float(loss.detach()), float(caption.detach()), gradients
@@ -358,7 +387,8 @@ def test_a_mean_of_means_would_be_another_loss(reference: tuple[bool, float, flo
     total, count = 0.0, 0
     for piece in batch.split(3):
         part = Batch(inputs=piece.inputs, rows={m: r - piece.start for m, r in piece.rows.items()}, ids=batch.ids[:3])
-        value, n = float(model(part.inputs, part.rows)["caption"]), int(head_of(model).count(part))
+        with torch.no_grad():
+            value, n = float(model(part.inputs, part.rows)["caption"]), int(head_of(model).count(part))
         assert (n == 0) == (value == 0)
         total, count = total + value, count + n
         means += [value / n] if n else []

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from mmcontrast import load
 from mmcontrast.batch import map_tensors
 from mmcontrast.config import ConfigError
-from mmcontrast.encoders import Encoder, HFText, MultiEncoder, OpenClipImage, OpenClipText, TimmImage
+from mmcontrast.encoders import (
+    CascadePool,
+    CoCaText,
+    Encoder,
+    HFText,
+    MultiEncoder,
+    OpenClipImage,
+    OpenClipText,
+    TimmImage,
+)
 from mmcontrast.shards import BadSample
 from tests import tiny
 
@@ -92,7 +101,9 @@ TOWERS: dict[str, tuple[Make, int]] = {
         lambda o: TimmImage.Config(model="test_resnet", image_size=32, weights=o.timm["test_resnet"]),
         96,
     ),
+    "CascadePool": (lambda o: CascadePool.Config(tower=tiny.vit(), queries=3, heads=2, width=8), 8),
     "TextTransformer": (lambda o: tiny.text_transformer(), 16),
+    "CoCaText": (lambda o: CoCaText.Config(context_length=10, width=16, layers=1, heads=2), 16),
     "OpenClipText": (lambda o: OpenClipText.Config(architecture="tiny-clip"), 12),
     "OpenClipText with weights": (lambda o: OpenClipText.Config(architecture="tiny-clip", weights=o.clip), 12),
     "HFText mean": (lambda o: HFText.Config(model=o.bert, max_length=9), 16),
@@ -165,7 +176,9 @@ def test_gradients_reach_what_trains_and_nothing_else(origins: Origins, tower: s
             # A key's bias shifts all scores of a softmax alike: its gradient is zero but for rounding.
             assert frozen or (p.grad is not None and p.grad.any()) or name.endswith("key.bias"), name
     config.freeze = (names[0], "no.such.layer")
-    with pytest.raises(ConfigError, match="freeze: no parameter starts with 'no.such.layer'; there are .*tower"):
+    with pytest.raises(
+        ConfigError, match="freeze: no parameter starts with 'no.such.layer'; there are .*(tower|captions)"
+    ):
         _build(config)
 
 

@@ -22,6 +22,7 @@ from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError
 from mmcontrast.heads.base import Head, Tower, in_common
 from mmcontrast.heads.generation import Caption, Decoding, generate
+from mmcontrast.heads.vocabulary import summed_cross_entropy
 
 
 @runtime_checkable
@@ -114,7 +115,7 @@ class Captioning(Head):
         ids, lengths = inputs[self.text]["ids"], inputs[self.text]["lengths"]
         hidden = self.decoder(tokens[self.source], tokens[self.text][:, :-1])  # [B, L - 1, C]
         real = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
-        return nn.functional.cross_entropy(self.vocabulary(hidden[real]), ids[:, 1:][real], reduction="sum")
+        return summed_cross_entropy(hidden[real], self.vocabulary.weight, ids[:, 1:][real])
 
     def generate(self, tower: CausalText, source: Tensor, decoding: Decoding, *, first_row: int = 0) -> list[Caption]:
         """Write a caption for each row of `source`, the tokens [B, T, C] of the described modality.
