@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,202 +16,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.batch import Batch
+from mmcontrast.batch import Batch, MicroBatch
+from mmcontrast.cached import Encode
 from mmcontrast.check.arms import DROPPED, PIECES, compare, prepared, with_missing
 from mmcontrast.check.grads import check_grads
 from mmcontrast.check.report import Proof
 from mmcontrast.check.tracing import Trace, first_unexplained
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
-from mmcontrast.data import Stream
-from mmcontrast.encoders import CoCaText, MultiEncoder, ViT
-from mmcontrast.encoders.base import Encoder, Transform
-from mmcontrast.encoders.image import CLIP_MEAN, CLIP_STD, ImageEncoder
+from mmcontrast.encoders import CoCaText, ViT
 from mmcontrast.heads import Captioning
 from mmcontrast.objectives import InfoNCE
-from mmcontrast.objectives.base import Block, Objective, Totals
+from mmcontrast.objectives.base import Objective
+from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.trainer import Trainer
-from tests.shapes import write_shapes
-
-
-class Function(nn.Module):
-    """A module that is one function of its input."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-class OwnNoise(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0.1 * torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
-
-
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Tensor
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * (1 + 0.1 * self.calls)
-
-
-class Unused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.spare = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class OnlyFloat32(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.float() @ self.weight
-
-
-class SkipsLayer(nn.Module):
-    """Stochastic depth by python's generator: the layer inside is called or not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if random.random() < 0.5 else x + 0 * self.inner.weight.sum() + 0 * self.inner.bias.sum()
-
-
-class Parts(nn.Module):
-    """Mixes rows in its own forward; the layers before and after it are innocent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.before(x)
-        return self.after(x - x.mean(0))
-
-
-def _of_rank(x: Tensor) -> Tensor:
-    return x * (1 + 1e-6 * int(os.environ.get("RANK", "0")))
-
-
-MIDDLES: dict[str, Callable[[], nn.Module]] = {
-    "right": nn.Identity,
-    "dropout": lambda: nn.Dropout(0.5),
-    "batch norm": lambda: nn.BatchNorm1d(16),
-    "minus mean": lambda: Function(lambda x: x - x.mean(0)),
-    "parts": Parts,
-    "own noise": OwnNoise,
-    "python": lambda: Function(lambda x: x * (1 + random.random())),
-    "numpy": lambda: Function(lambda x: x + 0.1 * torch.from_numpy(np.random.randn(*x.shape)).to(x)),
-    "skips": SkipsLayer,
-    "counting": Counting,
-    "unused": Unused,
-    "only float32": OnlyFloat32,
-    "lowered": lambda: Function(lambda x: x.float().to(x.dtype)),
-    "nan": lambda: Function(lambda x: torch.where(x >= x.max(), torch.nan, x)),
-    "of rank": lambda: Function(_of_rank),
-    "no gradient": lambda: Function(torch.Tensor.detach),
-}
-
-
-class Small(ImageEncoder):
-    """Three layers, the middle one by name; batch norm stays in training mode, as in a tower of someone else."""
-
-    @dataclass(kw_only=True)
-    class Config(ImageEncoder.Config):
-        middle: str = "right"
-
-    def __init__(self, config: Config, restore: Path | None = None) -> None:
-        super().__init__(config, size=8, mean=CLIP_MEAN, std=CLIP_STD)
-        self.first, self.middle = nn.Linear(192, 16), MIDDLES[config.middle]()
-        self.last = nn.Linear(16, 16)
-        self.dim = 16
-        self.finish(config, pretrained=True)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.last(self.middle(self.first(self.normalise(x).flatten(1)).tanh())), None
-
-    def train(self, mode: bool = True) -> Small:
-        nn.Module.train(self, mode)
-        return self
-
-
-class Letters(Transform):
-    kind = "text"
-
-    def __call__(self, value: Any) -> Tensor:
-        return torch.tensor([ord(letter) % 32 for letter in str(value).ljust(8)[-8:]])
-
-
-class Text(Encoder):
-    """A text as the mean of its last letters."""
-
-    kind = "text"
-
-    @dataclass(kw_only=True)
-    class Config(Encoder.Config):
-        pass
-
-    def __init__(self, config: Config, restore: Path | None = None) -> None:
-        super().__init__(config)
-        self.letters, self.dim = nn.Embedding(32, 16), 16
-        self.finish(config, pretrained=True)
-
-    def transform(self, *, train: bool) -> Letters:
-        return Letters()
-
-    def example(self) -> Tensor:
-        return Letters()("")[None]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.letters(x).mean(1), None
-
-
-class MeanOfBlock(Objective):
-    """Wrong: a mean over the block's anchors does not add up."""
-
-    @dataclass(kw_only=True)
-    class Config(Objective.Config):
-        pass
-
-    modalities = ("image", "text")
-    candidates = ("text",)
-
-    def partial(self, block: Block) -> Totals:
-        return Totals({"loss": (block.anchors["image"] @ block.z["text"].T).exp().mean()})
-
-    def finalize(self, totals: Totals, present: Mapping[str, Tensor]) -> Tensor:
-        return totals.sums["loss"]
-
-
-class Drawing(MeanOfBlock):
-    """Wrong: draws in `partial`."""
-
-    def partial(self, block: Block) -> Totals:
-        return Totals({"loss": (block.anchors["image"] * torch.rand(8, dtype=torch.float64)).sum()})
-
-
-class Infinite(MeanOfBlock):
-    """Wrong: the logarithm of zero."""
-
-    def partial(self, block: Block) -> Totals:
-        return Totals({"loss": (block.anchors["image"].sum() * 0).log()})
+from tests.broken import Drawing, Function, Infinite, MeanOfBlock, PaddedText, recipe, write_recipe
+from tests.shapes import picture, write_shapes
 
 
 @pytest.fixture(scope="module")
@@ -222,27 +43,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards in which samples lack their picture or their caption."""
     return write_shapes(tmp_path_factory.mktemp("data") / "sparse", missing=True)
-
-
-def recipe(shards: Path, middle: str = "right", **objectives: Objective.Config) -> Trainer.Config:
-    return Trainer.Config(
-        model=MultiEncoder.Config(encoders={"image": Small.Config(middle=middle), "text": Text.Config()}, dim=8),
-        data=Stream.Config(shards=(str(shards),), workers=0),
-        objectives={"clip": InfoNCE.Config(), **objectives},
-        steps=1,
-        global_batch=8,
-        out=Path("never written"),
-    )
-
-
-def write_recipe(folder: Path, shards: Path, middle: str) -> str:
-    """A recipe as a person has it, in a file."""
-    file = folder / f"recipe_{middle.replace(' ', '_')}.py"
-    file.write_text(
-        "from pathlib import Path\nfrom tests.test_check import recipe as make\n"
-        f"def recipe():\n    return make(Path({str(shards)!r}), {middle!r})\n"
-    )
-    return str(file)
 
 
 def checked(config: Trainer.Config, **settings: Any) -> Proof:
@@ -260,7 +60,7 @@ def test_the_command_proves_a_right_recipe_with_modalities_missing(
     words = ["check", "grads", write_recipe(tmp_path, sparse, "dropout"), "--rows", "16", "--json", str(out)]
     main([*words, "--out", str(tmp_path / "run"), "--model.encoders.image.color-jitter", "0.2"])
     said = capsys.readouterr()
-    assert "The gradient is the same: one process, 2 processes, 4 processes" in said.out
+    assert "The gradient is the same. With 1, 2 and 4 processes, micro-batches of 2 and blocks of 3" in said.out
     assert [line.split()[2] for line in said.err.splitlines()] == [f"{i}/6" for i in range(1, 7)]
     found = json.loads(out.read_text())
     assert found["passed"] is True and found["faults"] == [] and found["failed"] == {}
@@ -421,6 +221,27 @@ def test_a_wrong_objective_is_named(shards: Path, objective: Objective.Config, c
     assert any(says in fault.text for fault in proof.faults), proof.verdict()
 
 
+def test_padding_that_is_seen_is_named(shards: Path) -> None:
+    config = recipe(shards)
+    config.model.encoders["text"] = PaddedText.Config()
+    proof = checked(config)
+    assert [fault.cause for fault in proof.faults] == ["padding"], proof.verdict()
+    assert proof.forward["text"] > 1e-3 > 1e-9 > proof.forward["image"]
+    assert "text comes out otherwise" in proof.verdict() and "padding must not be seen" in proof.verdict()
+
+
+def test_a_modality_that_no_sample_has_is_not_called_proved(shards: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "few", max_samples=100) as writer:
+        for number in range(60):
+            members: dict[str, bytes | str | dict[str, str]] = {"txt": f"text {number}"}
+            writer.write(Sample(f"{number:04d}", members | ({"png": picture("red", "bar")} if number == 59 else {})))
+    config = recipe(tmp_path / "few")
+    config.data.window = 1  # in the order of the shards: the picture comes last
+    proof = checked(config, rows=8)
+    assert not proof.passed
+    assert "none of the drawn samples has the modality 'image': draw more of them with --rows" in proof.verdict()
+
+
 def test_a_narrow_type_inside_is_named_where_it_matters(shards: Path) -> None:
     proof = checked(recipe(shards, "lowered"))
     assert proof.lowered == ["encoders.image.middle (Function)"]
@@ -436,9 +257,24 @@ def test_what_only_several_processes_show(shards: Path) -> None:
     assert "(2 ranks, " in proof.verdict() and "No layer, randomness or objective was found" in proof.verdict()
 
 
+def test_a_cache_that_does_not_replay_is_caught(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unseeded(encode: Encode, piece: MicroBatch, *_: object) -> Mapping[str, Tensor]:
+        return encode(piece)
+
+    monkeypatch.setattr("mmcontrast.cached._encode", unseeded)
+    proof = checked(recipe(shards, "dropout"), ranks=(2,))
+    assert not proof.passed and not proof.faults
+    assert proof.batches["as drawn"].arms["1 process"].errors["image"] > 1e-3
+    assert proof.failed == {"2 ranks": "not run: mend what is named first"}
+
+
 def test_processes_that_fail_or_hang_are_ended(shards: Path) -> None:
     proof = checked(recipe(shards), ranks=(2,), timeout=0.2)
     assert "no answer from rank 0, 1 of 2 within 0.2 seconds" in proof.failed["2 ranks"]
+    proof = checked(recipe(shards, "fails on rank 1"), ranks=(2,), timeout=100)
+    assert proof.failed["2 ranks"].startswith("rank 1 of 2 failed:\n")
+    assert proof.failed["2 ranks"].endswith("RuntimeError: out of luck")
+    assert not multiprocessing.active_children()
 
 
 def test_wrong_settings_are_one_sentence(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,14 @@ def _find_mixing(model: MultiEncoder, probe: Probe, rows: Sequence[int]) -> Faul
     """One row stays and all others become copies of it: nothing that belongs to the row may change."""
     count = len(rows)
     for row in (0, count - 1):
-        found = first_unexplained(probe(rows, row=row), probe([rows[row]] * count, row=row))
+        among_others, among_copies = probe(rows, row=row), probe([rows[row]] * count, row=row)
+        seen = difference(among_others.calls["", 0].outputs, among_copies.calls["", 0].outputs)
+        # Embeddings decide, modules only explain; of a head's sum no row can be told apart.
+        if not probe.heads and seen <= SAME:
+            continue
+        found = first_unexplained(among_others, among_copies)
+        if found is None and not probe.heads:
+            found = f"encoders.{probe.names[0]}", seen
         if found is not None:
             where, size = found
             remedy = "Let it see one row at a time"

@@ -99,11 +99,12 @@ class Proof:
     def verdict(self) -> str:
         """In plain words: proved, or why not."""
         if self.passed:
-            arms = ", ".join(["one process", *(f"{n} processes" for n in self.ranks)])
+            *most, last = ("1", *map(str, self.ranks))
+            counts = f"{', '.join(most)} and {last} processes" if most else "1 process"
             return (
-                f"The gradient is the same: {arms}, in micro-batches of {self.micro_batch} and blocks of {self.block}, "
-                f"differ from plain autograd of the full batch by at most {self.largest:.1e} (tolerance "
-                f"{self.tolerance:.0e})."
+                f"The gradient is the same. With {counts}, micro-batches of {self.micro_batch} and blocks of "
+                f"{self.block} it differs from plain autograd of the full batch by at most {self.largest:.1e} "
+                f"(tolerance {self.tolerance:.0e})."
             )
         lines = ["The gradient is NOT shown to be the same:"]
         lines += [f"- {fault.text}." for fault in self.faults]
