@@ -128,7 +128,7 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
             continue
         x, y = x.to(torch.float64), y.to(torch.float64)
         # Not below 1e-3: where all entries are rounding noise around zero, they differ by as much as they are.
-        found = float((x - y).abs().max() / y.abs().max().clamp(min=1e-3))
+        found = float((x - y).abs().max() / torch.maximum(x.abs().max(), y.abs().max()).clamp(min=1e-3))
         worst = max(worst, found if found == found else torch.inf)
     return worst
 
