@@ -75,6 +75,7 @@ def prepared(config: Trainer.Config, rows: int) -> tuple[Trainer.Config, int]:
         global_batch=rows,
         micro_batch=rows // PIECES,
         block=BLOCK,
+        keep_bytes=BLOCK * rows * 8,  # of the score tiles some are kept, some computed twice
         steps=max(config.steps, step + 1),
         precision="fp32",
         clip_norm=None,
