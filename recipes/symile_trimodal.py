@@ -17,10 +17,11 @@ from pathlib import Path
 
 from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.data import Stream, SymileM3
-from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder, ViT
+from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder, TimmImage
 from mmcontrast.eval.joint import Joint
 from mmcontrast.objectives import Symile
 from mmcontrast.optim import AdamW
+from mmcontrast.recipes import image_text
 from mmcontrast.trainer import Trainer
 
 # All of them: what is held out are prompts and combinations of words, not what things look like.
@@ -28,11 +29,16 @@ PICTURES = ("data/stamps/train", "data/stamps/val", "data/stamps/test")
 
 
 def recipe() -> Trainer.Config:
+    image = image_text.recipe().model.encoders["image"]
+    assert isinstance(image, TimmImage.Config)
+    # Frozen: a tower from scratch would first have to tell the pictures apart, before any product can.
+    image.image_size, image.freeze, image.crop_scale = 48, ("all",), (0.8, 1.0)
+    image.color_jitter = image.grayscale = 0.0
     return Trainer.Config(
         out=Path("runs/symile_trimodal"),
         model=MultiEncoder.Config(
             encoders={
-                "image": ViT.Config(image_size=32, patch_size=8, width=96, layers=2, heads=3, crop_scale=(0.8, 1.0)),
+                "image": image,
                 "audio": MelConvNet.Config(sample_rate=8000, seconds=1.5, mels=40, width=64, layers=2),
                 "text": BagOfWords.Config(buckets=8192, width=512),
             },
@@ -46,7 +52,7 @@ def recipe() -> Trainer.Config:
         ),
         # The product of three unit vectors of 512 dimensions is small: a start at CLIP's 14 learns slowly.
         objectives={"symile": Symile.Config(modalities=("image", "audio", "text"), scale=200.0)},
-        optimizer=AdamW.Config(lr=3e-3, weight_decay=0.1),
+        optimizer=AdamW.Config(lr=5e-3, weight_decay=0.1),
         evaluators={
             "test": Joint.Config(
                 data=PICTURES,

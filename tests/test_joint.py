@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from mmcontrast.checkpoint import find_checkpoint, read_state
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError, to_dict
+from mmcontrast.data import Stream
 from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.joint import Joint
+from mmcontrast.objectives import Symile
 from mmcontrast.shards import open_shards
+from mmcontrast.trainer import Trainer
 from tests.test_compose import LANGUAGES, config, data
 from tests.tiny import vit, write_run
 
@@ -189,3 +194,31 @@ def test_eval_without_data_asks_what_the_recipe_asks(
     assert found[0]["dataset"] == str(data / "pictures") and found[0]["metrics"]["acc1_low"] is not None
     out = capsys.readouterr().out
     assert "pairwise_bound" in out and "acc1" in out
+
+
+def test_a_run_on_composed_examples_trains_resumes_and_is_asked(tmp_path: Path, data: Path) -> None:
+    def trainer(out: Path, *, save_every: int | None = None) -> Trainer:
+        config_of_run = Trainer.Config(
+            model=model_config(),
+            data=Stream.Config(shards=(str(data / "pictures"),), compose=config(data), groups=("class",), workers=0),
+            objectives={"symile": Symile.Config(modalities=("image", "audio", "text"), never_negative=("class",))},
+            evaluators={"test": question(data, draws=1)},
+            steps=4,
+            global_batch=8,
+            out=out,
+        )
+        config_of_run.checkpoint.every = save_every
+        return config_of_run.build()
+
+    straight = trainer(tmp_path / "a")
+    straight.fit()
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval/test/queries"] == 13 and lines[-1]["eval/test/pairwise_bound"] == pytest.approx(1 / 3)
+    first = trainer(tmp_path / "b", save_every=2)
+    first.fit()
+    shutil.rmtree(find_checkpoint(tmp_path / "b"))  # of step 4; that of step 2 is left
+    resumed = trainer(tmp_path / "b", save_every=2)
+    resumed.fit()
+    pairs = zip(straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in pairs)
+    assert lines[-1]["step"] == 4 and read_state(find_checkpoint(tmp_path / "b"))["step"] == 4
