@@ -4,7 +4,7 @@ mmcontrast prep emoji data/emoji
 mmcontrast train emoji_coca
 mmcontrast caption runs/emoji_coca PICTURE...
 
-23 epochs are few for words from nothing. On training pictures the caption loss falls from 10.8 to 2.1 nats a token
+23 epochs are few for words from nothing. On training pictures the caption loss falls to 2.1 nats a token
 (6.0 on the validation split, whose concepts are new); what is written tells colours, faces and people ("white circle"
 for a ghost), the exact name is right for 2 of 282 training pictures and for none of 81 of validation.
 """
