@@ -170,7 +170,9 @@ def _in_tiles(
     else:
         with torch.no_grad():
             for scores in objective.scores(seen):
-                walk = Walk(scores, settings.block, keep_bytes=budget)
+                # One tile of each name, not of each of its matrices: of all Symile's tuples there would be N.
+                single = scores.name not in found
+                walk = Walk(scores, settings.block, keep_bytes=budget, keep_single=single)
                 for start in walk.starts:
                     walk.statistics(start)
                 _merge_into(found, scores.name, walk.result())

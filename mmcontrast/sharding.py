@@ -151,7 +151,8 @@ def value_and_grad(
                     f"encoded: {', '.join(z)}"
                 )
     dtype = next(iter(z.values())).dtype
-    with torch.autocast(ids.device.type, enabled=False):
+    # Under the caller's no_grad every gradient would be 0, without a word.
+    with torch.autocast(ids.device.type, enabled=False), torch.enable_grad():
         batch = _gather(objectives, z, present, ids, groups or {}, world)
         loss = torch.zeros((), dtype=dtype, device=ids.device)
         terms: dict[str, Tensor] = {}

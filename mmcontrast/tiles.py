@@ -49,6 +49,7 @@ class Walk:
         block: int | None,
         *,
         keep_bytes: int = 0,
+        keep_single: bool = True,
         kept: dict[int, Tensor] | None = None,
         gradient_dtype: torch.dtype | None = None,
     ) -> None:
@@ -56,8 +57,9 @@ class Walk:
 
         Args:
             scores: the matrix; its tensors are read, never their graphs.
-            block: B; None takes all rows in one tile. A single tile is always kept.
+            block: B; None takes all rows in one tile.
             keep_bytes: tiles that fit into this are kept for the second pass.
+            keep_single: a tile that is the only one is kept in any case.
             kept: the tiles that the first pass kept.
             gradient_dtype: of the two products that make gradients, such as bfloat16; None takes the inputs' own.
         """
@@ -73,7 +75,7 @@ class Walk:
         self.count, self.block = count, max(1, min(block or count, count))
         self.starts = range(0, count, self.block)
         size = self.block * len(self.candidates) * self.anchors.element_size()
-        self.keep = 1 if len(self.starts) == 1 else keep_bytes // max(size, 1)
+        self.keep = 1 if len(self.starts) == 1 and keep_single else keep_bytes // max(size, 1)
         self.kept: dict[int, Tensor] = {} if kept is None else kept
         self.scratch: Tensor | None = None
         self.in_scratch: int | None = None  # the block whose scores are there
@@ -81,6 +83,7 @@ class Walk:
         # On an accelerator a slice is the tile: there the time goes into launches.
         self.slice = self.block if self.anchors.is_cuda else max(1, _SLICE * torch.get_num_threads() // width)
         self.work = self.anchors.new_empty(min(self.slice, self.block), width)
+        self.spare = torch.empty_like(self.work) if "softplus" in scores.wants else self.work
         self.bounded = self._bound() <= _BOUND
         self.peaks = self.anchors.new_full([len(self.candidates)], 0.0 if self.bounded else -torch.inf)
         self.totals: dict[str, Tensor] = {}
@@ -185,7 +188,7 @@ class Walk:
             if "columns" in self.totals:
                 self.totals["columns"] += part.sum(0)
             if "softplus" in sums:
-                sums["softplus"][i : i + len(part)] = _sum_log1p(part, work)
+                sums["softplus"][i : i + len(part)] = _sum_log1p(part, work, self.spare[: len(part)])
         for name, value in sums.items():
             self._set(name, start, value.log_() if name == "rows" else value)
 
@@ -210,7 +213,8 @@ class Walk:
             for i, part, work in self._slices(tile):
                 # softplus(s) = max(s, 0) + log(1 + e^-|s|), which no score overflows.
                 torch.abs(part, out=work).neg_().exp_()
-                sums[i : i + len(part)] = _sum_log1p(work, torch.empty_like(work)) + part.clamp(min=0).sum(1)
+                sums[i : i + len(part)] = _sum_log1p(work, torch.empty_like(work), self.spare[: len(part)])
+                sums[i : i + len(part)] += torch.clamp(part, min=0, out=work).sum(1)
             self._set("softplus", start, sums)
 
     # ---------------------------------------------------------------------------------------------- pass 2
@@ -407,12 +411,13 @@ def _finite(peaks: Tensor) -> Tensor:
     return torch.where(peaks.isneginf(), 0, peaks)
 
 
-def _sum_log1p(x: Tensor, work: Tensor) -> Tensor:
-    """Each row's sum of log(1 + x), x >= 0, in place.
+def _sum_log1p(x: Tensor, y: Tensor, lost: Tensor) -> Tensor:
+    """Each row's sum of log(1 + x), x >= 0; y and lost are room to work in.
 
     With y the rounded 1 + x, log(1 + x) is log(y) + (x - (y - 1)) / y to the last digit: as exact as log1p and
     several times as fast.
     """
-    y = torch.add(x, 1, out=work)
-    lost = (x - (y - 1)).div_(y).sum(1)
-    return y.log_().sum(1).add_(lost)
+    torch.add(x, 1, out=y)
+    torch.sub(y, 1, out=lost)
+    torch.sub(x, lost, out=lost).div_(y)
+    return lost.sum(1).add_(y.log_().sum(1))

@@ -1,28 +1,45 @@
 """Runs an objective through the whole engine (cache, blocks, ranks) and through plain autograd of a slow formula.
 
-A case trains three tiny encoders for three consecutive steps on rows whose modalities are missing at random. Every
-rank count, block and micro-batch must give what one process gets from the formula on the whole batch.
+A case trains four tiny encoders for three consecutive steps on rows whose modalities are missing at random. Every
+rank count, block and micro-batch, and every way through the tile kernel, must give what one process gets from the
+formula on the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from mmcontrast import tiles
 from mmcontrast.batch import Batch, MicroBatch
 from mmcontrast.cached import forward_backward
 from mmcontrast.objectives.base import Objective
-from mmcontrast.sharding import World, value_and_grad
+from mmcontrast.sharding import Result, World, value_and_grad
+from tests.formulas import Formula
 
 ROWS, DIM, STEPS, RATE = 20, 6, 3, 0.5
-WIDTHS = {"audio": 4, "image": 7, "text": 5}
+WIDTHS = {"audio": 4, "image": 7, "text": 5, "touch": 3}
 
-Formula = Callable[[Objective, Mapping[str, Tensor], Mapping[str, Tensor], Batch, int], Tensor]
-"""(objective, z with zeros where absent, present, batch, step) -> loss, written in loops."""
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way through `mmcontrast.tiles`: bytes of tiles kept, elements of a slice, and when masks are listed."""
+
+    keep_bytes: int = 0
+    slice: int | None = None
+    sparse: int | None = None
+
+
+PLAIN = Kernel()
+KERNELS = (PLAIN, Kernel(keep_bytes=1000, slice=1, sparse=1), Kernel(keep_bytes=1 << 20, sparse=10))
+"""Two tiles of three rows fit into 1000 bytes, and a slice of one element is a row."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +49,49 @@ class Case:
     world: int = 1
     block: int | None = None
     micro_batch: int = ROWS
+    kernel: Kernel = PLAIN
 
 
 @dataclass
 class Outcome:
-    """Per step: loss, and the gradient of everything with a gradient; at the end: parameters and state."""
+    """Per step: loss, and the gradient of everything with a gradient; at the end: parameters and state.
 
-    losses: list[float]
-    gradients: list[dict[str, Tensor]]
-    final: dict[str, Tensor]
+    `paths` counts how often the tile kernel went which way.
+    """
+
+    losses: list[float] = field(default_factory=list[float])
+    gradients: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
+    final: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    paths: Counter[str] = field(default_factory=Counter[str])
+
+
+@contextmanager
+def watched(kernel: Kernel, paths: Counter[str]) -> Generator[None]:
+    """Set the kernel's constants, and count its ways while it works as ever."""
+    walk, entries = tiles.Walk, tiles._Entries  # pyright: ignore[reportPrivateUsage]
+
+    def count(owner: Any, name: str, way: Callable[[Any, Any], str]) -> None:
+        original = getattr(owner, name)
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            paths[way(self, result)] += 1
+            return result
+
+        patch.setattr(owner, name, counted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel.slice is not None:
+            patch.setattr(tiles, "_SLICE", kernel.slice)
+        if kernel.sparse is not None:
+            patch.setattr(tiles, "_SPARSE", kernel.sparse)
+        count(walk, "_from_exponentials", lambda self, result: "exponentials")
+        count(walk, "_from_scores", lambda self, result: "maximum subtracted")
+        count(walk, "_slices", lambda self, result: "several slices" if len(result) > 1 else "one slice")
+        count(walk, "_tile", lambda self, result: "made" if result[1] else "found")
+        count(walk, "add_gradients", lambda self, result: "all rows" if self.rows is None else "some rows")
+        count(entries, "__init__", lambda self, result: "dense mask" if self.index is None else "listed mask")
+        yield
 
 
 def make_encoders() -> nn.ModuleDict:
@@ -65,7 +116,7 @@ def make_batch(step: int, missing: bool) -> Batch:
         inputs[name] = torch.randn(len(rows[name]), width, generator=generator, dtype=torch.float64)
     ids = torch.arange(ROWS) + 1000 * step
     ids[7] = ids[2]  # one sample twice in a batch
-    groups = {"patient": torch.randint(0, 8, (ROWS,), generator=generator)}
+    groups = {name: torch.randint(0, 8, (ROWS,), generator=generator) for name in ("patient", "site")}
     return Batch(inputs=inputs, rows=rows, ids=ids, groups=groups)
 
 
@@ -81,16 +132,29 @@ def rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def build(configs: Mapping[str, Objective.Config]) -> dict[str, Objective]:
-    return {name: config.build().double() for name, config in configs.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(11)  # Symile's stand-ins for what is missing start at random
+        return {name: config.build().double() for name, config in configs.items()}
 
 
-def step_and_record(outcome: Outcome, loss: Tensor, encoders: nn.Module, objectives: Mapping[str, Objective]) -> None:
-    """Note the gradients, then take one step of plain gradient descent with everything."""
+def along_sphere(gradient: Tensor, z: Tensor) -> Tensor:
+    """The part of an embedding's gradient that its encoder sees: length is normalised away."""
+    return gradient - (gradient * z).sum(1, keepdim=True) * z
+
+
+def step_and_record(
+    outcome: Outcome,
+    loss: Tensor,
+    of_embeddings: Mapping[str, Tensor],
+    encoders: nn.Module,
+    objectives: Mapping[str, Objective],
+) -> None:
+    """Note the parameters' gradients, then take one step of plain gradient descent with everything."""
     named = dict(encoders.named_parameters())
     for name, objective in objectives.items():
         named |= {f"{name}.{key}": parameter for key, parameter in objective.named_parameters()}
     outcome.losses.append(float(loss))
-    found: dict[str, Tensor] = {}
+    found = {f"embeddings of {m}": gradient.clone() for m, gradient in of_embeddings.items()}
     for name, parameter in named.items():
         if parameter.grad is not None:
             found[name] = parameter.grad.clone()
@@ -106,10 +170,10 @@ def step_and_record(outcome: Outcome, loss: Tensor, encoders: nn.Module, objecti
 def run_engine(group: Any, case: Case) -> Outcome:
     world = World(group)
     encoders, objectives = make_encoders(), build(case.objectives)
-    outcome = Outcome([], [], {})
+    outcome = Outcome()
+    nothing = {m: torch.zeros(1, width, dtype=torch.float64) for m, width in WIDTHS.items()}
 
     def encode(piece: MicroBatch) -> dict[str, Tensor]:
-        nothing = {m: torch.zeros(1, width, dtype=torch.float64) for m, width in WIDTHS.items()}
         return {
             m: nn.functional.normalize(encoder(piece.inputs.get(m, nothing[m])), dim=-1)[: len(piece.rows[m])]
             for m, encoder in encoders.items()
@@ -117,32 +181,44 @@ def run_engine(group: Any, case: Case) -> Outcome:
 
     for step in range(STEPS):
         local = rows_of_rank(make_batch(step, case.missing), world.rank, world.size)
+        of_embeddings: dict[str, Tensor] = {}
 
-        def loss(z: Mapping[str, Tensor], present: Mapping[str, Tensor], step: int = step, local: Batch = local):
-            return value_and_grad(
+        def loss(
+            z: Mapping[str, Tensor],
+            present: Mapping[str, Tensor],
+            step: int = step,
+            local: Batch = local,
+            seen: dict[str, Tensor] = of_embeddings,
+        ) -> Result:
+            result = value_and_grad(
                 objectives,
                 z,
                 present,
                 local.ids,
                 groups=local.groups,
                 block=case.block,
+                keep_bytes=case.kernel.keep_bytes,
                 step=step,
                 world=world,
             )
+            for m in WIDTHS:
+                seen[m] = world.gather(along_sphere(result.gradients[m], z[m].detach()))
+            return result
 
-        result = forward_backward(encode, local, loss, micro_batch=case.micro_batch, seed=(step,))
+        with watched(case.kernel, outcome.paths):
+            result = forward_backward(encode, local, loss, micro_batch=case.micro_batch, seed=(step,))
         parameters = [p for p in encoders.parameters()]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         for parameter, total in zip(parameters, world.sum(grads), strict=True):
             parameter.grad = total
-        step_and_record(outcome, result.loss, encoders, objectives)
+        step_and_record(outcome, result.loss, of_embeddings, encoders, objectives)
     return outcome
 
 
 def run_reference(case: Case, formulas: Mapping[str, Formula]) -> Outcome:
     """Plain autograd of the loop-written formulas, whole batch, one process."""
     encoders, objectives = make_encoders(), build(case.objectives)
-    outcome = Outcome([], [], {})
+    outcome = Outcome()
     for step in range(STEPS):
         batch = make_batch(step, case.missing)
         present = {m: batch.present(m) for m in WIDTHS}
@@ -150,13 +226,15 @@ def run_reference(case: Case, formulas: Mapping[str, Formula]) -> Outcome:
         for m in WIDTHS:
             encoded = nn.functional.normalize(encoders[m](batch.inputs[m]), dim=-1)
             z[m] = torch.zeros(ROWS, DIM, dtype=torch.float64).index_copy(0, batch.rows[m], encoded)
+            z[m].retain_grad()
         terms = [o.weight * formulas[n](o, z, present, batch, step) for n, o in objectives.items()]
         loss = torch.stack(terms).sum()
         loss.backward()
+        of_embeddings = {m: along_sphere(t.grad, t.detach()) for m, t in z.items() if t.grad is not None}
         with torch.no_grad():
             for objective in objectives.values():
                 objective.update({m: z[m].detach() for m in objective.candidates}, batch.ids)
-        step_and_record(outcome, loss.detach(), encoders, objectives)
+        step_and_record(outcome, loss.detach(), of_embeddings, encoders, objectives)
     return outcome
 
 

@@ -10,30 +10,7 @@ from torch import Tensor, nn
 
 from mmcontrast.batch import Batch, Embeddings
 from mmcontrast.objectives.base import Block, Objective, Totals, masked_logsumexp
-from mmcontrast.objectives.infonce import InfoNCE
-
-
-def infonce_formula(
-    o: Objective, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int
-) -> Tensor:
-    assert isinstance(o, InfoNCE)
-    scale = o.log_scale.exp()
-    labels = [batch.ids, *(batch.groups[g] for g in o.config.never_negative)]
-    loss = torch.zeros((), dtype=torch.float64)
-    for x, y in o.config.pairs:
-        terms: list[Tensor] = []
-        for a, b in ((x, y), (y, x)):
-            for i in range(len(batch)):
-                if not (present[a][i] and present[b][i]):
-                    continue
-                positive = (scale * z[a][i] * z[b][i]).sum().exp()
-                denominator = positive
-                for j in range(len(batch)):
-                    if present[b][j] and not any(g[i] == g[j] for g in labels):
-                        denominator = denominator + (scale * z[a][i] * z[b][j]).sum().exp()
-                terms.append(-torch.log(positive / denominator))
-        loss = loss + torch.stack(terms).sum() / len(terms)
-    return loss / len(o.config.pairs)
+from tests.formulas import infonce_formula as infonce_formula  # also for those who ask here
 
 
 class Spread(Objective):

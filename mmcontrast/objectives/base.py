@@ -116,7 +116,18 @@ class Objective(nn.Module, Configurable):
 
 def masked_logsumexp(scores: Tensor, masked: Tensor, dim: int) -> Tensor:
     """log-sum-exp over the entries that are not masked; -inf, with zero gradient, where none is left."""
-    return torch.logsumexp(scores.masked_fill(masked, -torch.inf), dim)
+    empty = masked.all(dim)
+    # Of nothing but -inf torch's second derivative is NaN, so where none is left the scores stay, to be covered after.
+    found = torch.logsumexp(scores.masked_fill(masked & ~empty.unsqueeze(dim), -torch.inf), dim)
+    return found.masked_fill(empty, -torch.inf)
+
+
+def log_odds_against(off: Tensor, positive: Tensor) -> Tensor:
+    """log(1 + e^{off - positive}): 0 where off is -inf, and finite derivatives of any order wherever it is finite.
+
+    Torch's softplus with a threshold that float64 does not see; its logaddexp has NaN for a second derivative there.
+    """
+    return nn.functional.softplus(off - positive, threshold=50.0)
 
 
 def plain_loss(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmcontrast.config import ConfigError
+from mmcontrast.objectives.base import log_odds_against
 from mmcontrast.objectives.pairs import DirectedPairs, Direction
 from mmcontrast.objectives.scores import Statistic
 
@@ -58,7 +59,7 @@ class InfoNCE(DirectedPairs):
 
     def row_loss(self, rows: Direction) -> Tensor:
         """log(1 + e^{off - positive}), and the smoothing."""
-        losses = torch.logaddexp(torch.zeros_like(rows.off), rows.off - rows.positive)
+        losses = log_odds_against(rows.off, rows.positive)
         if rows.sums is not None and rows.counts is not None:
             mean = (rows.positive + rows.sums) / (1 + rows.counts)
             losses = losses + self.config.label_smoothing * (rows.positive - mean)
@@ -98,5 +99,6 @@ class DCL(DirectedPairs):
         if self.config.sigma is not None:
             cosines = (rows.positive / rows.scale).detach()
             shares = torch.softmax((cosines / self.config.sigma).masked_fill(~rows.paired, -torch.inf), 0)
-            weights = 2 - rows.paired.sum() * shares
+            # Of no pairs at all the shares are NaN, whose gradient no later mask would stop.
+            weights = 2 - rows.paired.sum() * torch.where(rows.paired, shares, 0)
         return torch.where(rows.off.isneginf(), 0, rows.off - weights * rows.positive)

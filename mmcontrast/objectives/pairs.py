@@ -185,6 +185,7 @@ class DirectedPairs(PairObjective):
 
     def __init__(self, config: Config) -> None:
         pairs = config.pairs
+        check_pairs(type(self).__name__, pairs)
         shares = check_weights(type(self).__name__, pairs, config.pair_weights)
         apart = config.symmetric and config.temperature == "per_direction"
         views: dict[str, View] = {}

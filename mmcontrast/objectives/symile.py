@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmcontrast.batch import Embeddings
 from mmcontrast.config import ConfigError
-from mmcontrast.objectives.base import Block, Totals
+from mmcontrast.objectives.base import Block, Totals, log_odds_against
 from mmcontrast.objectives.scores import ScoreObjective, Scores, Statistics, labels_of
 from mmcontrast.randomness import fold_seed
 
@@ -131,8 +131,8 @@ class Symile(ScoreObjective):
         off, positive = statistics.rows, statistics.positives
         assert off is not None and positive is not None
         complete = self._complete(present)
-        losses = torch.logaddexp(torch.zeros_like(off), off - positive)
-        return torch.where(complete, losses, 0).sum() / complete.sum().clamp(min=1) / len(self.modalities)
+        losses = torch.where(complete, log_odds_against(off, positive), 0)
+        return losses.sum() / complete.sum().clamp(min=1) / len(self.modalities)
 
     def observe(self, totals: Totals, present: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """How many rows took part."""

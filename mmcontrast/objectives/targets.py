@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.objectives.base import Block, Objective, Totals, masked_logsumexp
+from mmcontrast.objectives.base import Block, Objective, Totals, log_odds_against, masked_logsumexp
 from mmcontrast.objectives.pairs import Pairs, check_pairs, check_weights
 
 IDS = "id"
@@ -121,7 +121,7 @@ def _softmax_loss(scores: Tensor, target: Tensor, off: Tensor, positive: Tensor)
     """
     several = (target > 0).sum(1) > 1
     spread = torch.where(several, positive - (target * scores).sum(1), 0)
-    return torch.logaddexp(torch.zeros_like(off), off - positive) + spread
+    return log_odds_against(off, positive) + spread
 
 
 class MultiPositive(RowTargets):
@@ -161,7 +161,7 @@ class MultiPositive(RowTargets):
         """1 for equal ids, else the largest weight of an equal label."""
         weights = self._equal(block, IDS).to(block.anchors[x].dtype)
         for name, weight in self.config.positives.items():
-            weights = torch.maximum(weights, weight * self._equal(block, name))
+            weights = torch.maximum(weights, weight * self._equal(block, name).to(weights.dtype))
         left_out = torch.zeros_like(weights, dtype=torch.bool)
         for name in self.config.never_negative:
             left_out |= self._equal(block, name)
@@ -173,7 +173,7 @@ class MultiPositive(RowTargets):
             return _softmax_loss(scores, target, off, positive)
         if self.config.denominator == "negatives":
             return torch.where(off.isneginf(), 0, off - (target * scores).sum(1))
-        each = torch.logaddexp(torch.zeros_like(scores), off[:, None] - scores)
+        each = log_odds_against(off[:, None], scores)
         return torch.where(target > 0, target * each, 0).sum(1)
 
     def _equal(self, block: Block, name: str) -> Tensor:
