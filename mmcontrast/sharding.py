@@ -136,7 +136,8 @@ def value_and_grad(
         world: the ranks that share the batch; by default all.
 
     Raises:
-        ValueError: an objective reads a modality that `z` lacks, no rows, or `block` is not positive.
+        ValueError: an objective reads a modality that `z` lacks or has in half precision, no rows, or `block` is not
+            positive.
     """
     world = world or World()
     if block is not None and block < 1:
@@ -149,6 +150,10 @@ def value_and_grad(
                 raise ValueError(
                     f"objective {name!r} reads the modality {modality!r}, which the model does not encode; "
                     f"encoded: {', '.join(z)}"
+                )
+            if z[modality].dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"z[{modality!r}] is {z[modality].dtype}; objectives take float32 or float64: give them z.float()"
                 )
     dtype = next(iter(z.values())).dtype
     # Under the caller's no_grad every gradient would be 0, without a word.
