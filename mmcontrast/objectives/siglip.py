@@ -22,9 +22,9 @@ class SigLIP(PairObjective):
 
         L = 1/P [sum_i log(1 + e^{-s_ii}) + sum_{i != j} log(1 + e^{s_ij})],
 
-    where P is the number of rows that have both modalities (1 if none has), and the second sum is over the rows that have x and the
-    candidates that have y, without equal ids and equal labels in `never_negative`. The loss is the weighted mean over
-    the pairs of modalities. Scale and bias are shared by all pairs.
+    where P is the number of rows that have both modalities (1 if none has), and the second sum is over the rows that
+    have x and the candidates that have y, without equal ids and equal labels in `never_negative`. The loss is the
+    weighted mean over the pairs of modalities. Scale and bias are shared by all pairs.
     """
 
     separable = True
