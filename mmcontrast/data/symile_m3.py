@@ -23,7 +23,7 @@ _KEPT_BYTES = 64 << 20  # of decoded pictures, per process
 
 
 class SymileM3(Compose):
-    """The construction of Symile-M3 (Saporta et al. 2024, arXiv:2411.01053, sec. 5.2), drawn on the fly.
+    """The construction of Symile-M3 (Saporta et al. 2024, arXiv:2411.01053, sec. 5), drawn on the fly.
 
     The stream's shards hold pictures whose metadata name the class in every language; `speech` holds recordings whose
     metadata name their language. Per example, language, recording, the classes of the other words and the order of
