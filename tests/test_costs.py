@@ -75,7 +75,7 @@ def test_only_candidates_travel(gloo: GlooPool, configs: dict[str, Objective.Con
         large = [(kind, size) for kind, size in seen if size >= TOWER and kind != "reduce"]
         assert large == [("gather", TOWER)] * towers + [("reduce_scatter", W * TOWER)] * towers
         small = [(kind, size) for kind, size in seen if (kind, size) not in large]
-        assert len(small) == others, small
+        assert len(small) <= others, small
         # The table has a word of eight bytes for id, group and each modality; the rest are numbers for rows or columns.
         assert max(size for _, size in small) <= max(5 * 8 * N // W, 3 * 4 * N)
 
