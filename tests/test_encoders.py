@@ -352,6 +352,27 @@ def test_timm_weights_give_timms_features(origins: Origins, name: str) -> None:
         ).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("test_vit", (1, 101, 64)),
+        ("test_convnext", (1, 25, 64)),  # a map, width first
+        ("test_mambaout", (1, 25, 64)),  # a map, width last
+    ],
+)
+def test_timm_tokens_are_places_of_the_picture(name: str, shape: tuple[int, int, int]) -> None:
+    ours = _build(TimmImage.Config(model=name, image_size=160))
+    pixels = torch.randint(0, 256, (1, 3, 160, 160), dtype=torch.uint8)
+    changed = pixels.clone()
+    changed[..., :32, :32] = 255 - changed[..., :32, :32]  # the first place of a 5 x 5 map
+    with torch.no_grad():
+        tokens, after = ours(pixels)[1], ours(changed)[1]
+    assert tokens is not None and after is not None and tokens.shape == shape
+    if name != "test_vit":  # which looks everywhere
+        moved = (tokens - after).abs().amax(2)[0]
+        assert moved[0] > 5 * moved[-1], "the order of places is lost"
+
+
 def test_batch_norm_runs_on_stored_statistics_or_not_at_all(origins: Origins) -> None:
     for config in (
         TimmImage.Config(model="test_resnet", image_size=32),

@@ -222,8 +222,20 @@ class TimmImage(ImageEncoder):
         self.finish(config, pretrained=bool(restore or config.weights))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 [B, 3, S, S] -> [B, C]; no tokens, since timm's maps differ by family."""
-        return self.tower(self.normalise(x).contiguous(memory_format=self.layout)), None
+        """uint8 [B, 3, S, S] -> [B, C], and [B, T, width] of the last feature map or the last tokens."""
+        features = self.tower.forward_features(self.normalise(x).contiguous(memory_format=self.layout))
+        return self.tower.forward_head(features), self._tokens(features)
+
+    def _tokens(self, features: Tensor) -> Tensor | None:
+        """Families differ in what they end in: tokens [B, T, width], or a map with the width first or last."""
+        width = self.tower.num_features
+        if features.ndim == 3 and features.shape[2] == width:
+            return features
+        if features.ndim == 4 and features.shape[1] == width:
+            return features.flatten(2).transpose(1, 2)
+        if features.ndim == 4 and features.shape[3] == width:
+            return features.flatten(1, 2)
+        return None
 
 
 def load_tower(tower: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
