@@ -26,8 +26,9 @@ class SymileM3(Compose):
     """The construction of Symile-M3 (Saporta et al. 2024, arXiv:2411.01053, sec. 5), drawn on the fly.
 
     The stream's shards hold pictures whose metadata name the class in every language; `speech` holds recordings whose
-    metadata name their language. Per example, language, recording, the classes of the other words and the order of
-    the words are drawn uniformly. Tuples that are drawn once and repeated are memorised instead.
+    metadata name their language. Every class has one anchor. Per example, its picture, the language, the recording,
+    the classes of the other words and the order of the words are drawn uniformly.
+    Tuples that are drawn once and repeated are memorised instead.
 
     Classes are the distinct sets of names that are one word in each language and shared with no other class; pictures
     without such names are no anchors.
@@ -75,7 +76,12 @@ class SymileM3(Compose):
         names = [self._names(position) for position in range(len(reader.shards))]
         self.words = _distinct({n for n in names if n is not None})
         number = {n: k for k, n in enumerate(self.words)}
-        self.classes = {p: number[n] for p, n in enumerate(names) if n in number}
+        self.pictures: list[list[int]] = [[] for _ in self.words]
+        for position, n in enumerate(names):
+            if n in number:
+                self.pictures[number[n]].append(position)
+        # One anchor per class: if classes with many pictures were shown more often than named, a text alone would tell.
+        self.classes = {pictures[0]: k for k, pictures in enumerate(self.pictures)}
         self.anchors = np.array(sorted(self.classes), dtype=np.int64)
         if len(self.words) < len(config.languages):
             raise ConfigError(
@@ -119,9 +125,11 @@ class SymileM3(Compose):
         for last in range(len(words) - 1, 0, -1):
             other = pick(draw, last + 1)
             words[last], words[other] = words[other], words[last]
+        pictures = self.pictures[self.classes[position]]
+        shown = pick(draw, len(pictures))
         found: dict[str, Any] = {self.config.text: " ".join(words)}
         if self.config.image in self.reader.transforms:
-            found[self.config.image] = self._picture(position)
+            found[self.config.image] = self._picture(pictures[shown])
         if self.config.audio in self.reader.transforms:
             try:
                 found[self.config.audio] = self.recordings.raw(recording, self.config.audio)
