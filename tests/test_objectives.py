@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ from mmcontrast.objectives import (
 from mmcontrast.sharding import World, value_and_grad
 from tests.conftest import GlooPool
 from tests.formulas import symile_formula
+from tests.invariance import Kernel, watched
 from tests.objectives_setup import EVERY, PAIRS, THREE, Data, draw, run
 
 # ------------------------------------------------------------------------------------ public implementations
@@ -231,7 +233,7 @@ def test_draws_differ_by_step_and_anchor_and_are_those_of_all_ranks(gloo: GlooPo
 # ------------------------------------------------------------------------------------- what a run is told
 
 
-def _observed(group: Any, data: Data) -> dict[str, float]:
+def _observed(group: Any, data: Data, kernel: Kernel) -> dict[str, float]:
     objectives: dict[str, Objective] = {
         "clip": InfoNCE.Config(never_negative=("patient",)).build(),
         "apart": InfoNCE.Config(pairs=PAIRS, temperature="per_direction").build(),
@@ -239,12 +241,15 @@ def _observed(group: Any, data: Data) -> dict[str, float]:
         "soft": MultiPositive.Config(never_negative=("patient",)).build(),
         "symile": Symile.Config(modalities=THREE).build(),
     }
-    result, _ = run(group, {k: o.double() for k, o in objectives.items()}, data, block=2)
+    paths = Counter[str]()
+    with watched(kernel, paths):
+        result, _ = run(group, {k: o.double() for k, o in objectives.items()}, data, block=2)
+    assert paths["listed mask" if kernel.sparse else "dense mask"]
     return {k: float(v) for k, v in result.observed.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_masked_negatives_are_counted(gloo: GlooPool, world: int) -> None:
+@pytest.mark.parametrize(("world", "kernel"), [(1, Kernel()), (1, Kernel(sparse=1)), (2, Kernel(sparse=1))])
+def test_masked_negatives_are_counted(gloo: GlooPool, world: int, kernel: Kernel) -> None:
     data = draw(16, missing=0.3)
     rows = range(16)
 
@@ -268,7 +273,7 @@ def test_masked_negatives_are_counted(gloo: GlooPool, world: int) -> None:
         "symile.complete": sum(all(bool(data.present[m][i]) for m in THREE) for i in rows),
     }
     assert min(want.values()) > 0 and want["clip.masked_negatives"] > count("image", "text", [])
-    for got in gloo(world, _observed, data):
+    for got in gloo(world, _observed, data, kernel):
         assert got == want
 
 
