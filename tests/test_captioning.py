@@ -14,7 +14,7 @@ from mmcontrast import load
 from mmcontrast.batch import Batch, MicroBatch
 from mmcontrast.cached import forward_backward
 from mmcontrast.config import ConfigError
-from mmcontrast.encoders import CascadePool, CoCaText, Encoder, MultiEncoder, TextTransformer, TimmImage
+from mmcontrast.encoders import CascadePool, CoCaText, Encoder, MultiEncoder, TextTransformer
 from mmcontrast.encoders.coca import visible_to
 from mmcontrast.heads import Captioning
 from mmcontrast.heads.vocabulary import summed_cross_entropy
@@ -465,8 +465,8 @@ IMAGE, TEXT = model_config().encoders["image"], model_config().encoders["text"]
         ({"encoders": {"image": IMAGE, "text": tiny.text_transformer()}}, "causal text tower such as CoCaText; 'text'"),
         ({"encoders": {"image": tiny.vit(), "text": TEXT}}, "one width, but found image 16, text 8; a CascadePool"),
         (
-            {"encoders": {"image": TimmImage.Config(model="test_vit", image_size=32), "text": TEXT}},
-            "needs? tokens, and the tower 'image' .TimmImage. gives none",
+            {"encoders": {"image": Mute.Config(width=16, heads=2, layers=1), "text": TEXT}},
+            "needs? tokens, and the tower 'image' .Mute. gives none",
         ),
         (
             {"encoders": {"image": CascadePool.Config(tower=Mute.Config(width=16, heads=2, layers=1)), "text": TEXT}},
