@@ -1,7 +1,7 @@
 """Exact loss and gradients of any objective over all ranks. The only user of torch.distributed.
 
 Every collective is explicit; none is recorded by autograd. Per step: one gather of ids, labels and presence, one
-gather per candidate modality, one reduction of the totals, one reduce-scatter per candidate modality and one
+gather per candidate modality, a few of statistics of N numbers, one reduce-scatter per candidate modality and one
 reduction of the objectives' own parameter gradients.
 
 Letters: W ranks, n rows per rank, N = W * n rows of the global batch, B rows of a block, D dimensions.

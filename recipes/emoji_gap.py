@@ -6,7 +6,7 @@
 
 CLIP beside alignment, uniformity and uniformity across modalities, at weight 1 as in Fahim et al. 2024
 (arXiv:2405.18570, CUAXU). Without the last, `--objectives.cross-uniformity.weight 0`, it is their CUA; without all
-three it is CLIP. The README has the comparison.
+three it is CLIP.
 """
 
 from __future__ import annotations

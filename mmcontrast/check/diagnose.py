@@ -348,7 +348,7 @@ def _own_gradients(objective: Objective) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in objective.parameters() if p.requires_grad]
 
 
-# ----------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------------------ common
 
 
 @contextmanager
