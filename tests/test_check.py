@@ -269,12 +269,13 @@ def test_a_cache_that_does_not_replay_is_caught(shards: Path, monkeypatch: pytes
 
 
 def test_processes_that_fail_or_hang_are_ended(shards: Path) -> None:
+    before = set(multiprocessing.active_children())  # such as the pool of other tests
     proof = checked(recipe(shards), ranks=(2,), timeout=0.2)
     assert "no answer from rank 0, 1 of 2 within 0.2 seconds" in proof.failed["2 ranks"]
     proof = checked(recipe(shards, "fails on rank 1"), ranks=(2,), timeout=100)
     assert proof.failed["2 ranks"].startswith("rank 1 of 2 failed:\n")
     assert proof.failed["2 ranks"].endswith("RuntimeError: out of luck")
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_wrong_settings_are_one_sentence(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
