@@ -34,7 +34,7 @@ class Arm(Protocol):
         ...
 
 
-BLOCK = 512
+BLOCK = 1024  # the trainer's own
 SCALE = 1 / 0.07
 """CLIP's start."""
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
