@@ -6,15 +6,27 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+import simplejpeg
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmcontrast.config import ConfigError
 from mmcontrast.shards import BadSample
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+"""[H, W, 3]."""
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
 
 MAX_PIXELS = 64 << 20
 MAX_AUDIO_SECONDS = 3600
@@ -24,37 +36,172 @@ _AUDIO_RATES = range(1_000, 192_001)  # samples per second
 _AUDIO_CHANNELS = 8
 
 
-def image(data: bytes) -> Tensor:
-    """JPEG, PNG or WebP -> uint8 [3, H, W] RGB, upright; transparent parts become white.
+@dataclass(frozen=True)
+class Picture:
+    """A picture whose pixels are decoded when they are read; its size is known before.
+
+    Attributes:
+        height: H in pixels, upright.
+        width: W.
+    """
+
+    height: int
+    width: int
+    _decode: Callable[[bool], Pixels]  # whether half the resolution would do, which only some files offer
+
+    def read(self) -> Tensor:
+        """The whole picture, uint8 [3, H, W].
+
+        Raises:
+            BadSample: the file is damaged.
+        """
+        return torch.from_numpy(self._decode(False)).permute(2, 0, 1).contiguous()
+
+    def decoded(self) -> Picture:
+        """The same with its pixels in memory, for one that is read many times.
+
+        Raises:
+            BadSample: the file is damaged.
+        """
+        return _from_pixels(self._decode(False))
+
+    def crop(self, box: Box, size: tuple[int, int], *, half_scale: bool = False) -> Tensor:
+        """A part of the picture, brought to `size` (height, width): uint8 [3, *size], channels last in memory.
+
+        Antialiased bicubic on integers: within one level of the same in floating point, and several times faster than
+        Pillow's.
+
+        Args:
+            box: the part; it must lie within the picture.
+            size: of the result.
+            half_scale: decode a JPEG at half its resolution where the part is at least twice `size`. The box then
+                moves to even pixels, by one at most. About 42 dB from what is exact for that box.
+
+        Raises:
+            BadSample: the file is damaged.
+        """
+        top, left, height, width = box
+        # Even edges: half a pixel of shift would cost more than the halving.
+        even = (top // 2, left // 2, (top + height) // 2 - top // 2, (left + width) // 2 - left // 2)
+        pixels = self._decode(half_scale and even[2] >= size[0] and even[3] >= size[1])
+        if len(pixels) < self.height:
+            top, left, height, width = even
+        # A copy: torch's would be slower. The strides must tell that channels come last, which they do not in a batch
+        # of one, and the result would be rearranged at the price of the resize itself.
+        part = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        batch = torch.from_numpy(part).as_strided((1, 3, height, width), (part.size, 1, 3 * width, 3))
+        return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
+
+
+def picture(data: bytes) -> Picture:
+    """JPEG, PNG or WebP -> Picture: RGB, upright, on white where it is transparent. Its header is read here.
 
     Raises:
-        BadSample: not such a picture, cut off, or above `MAX_PIXELS`, which is checked before decoding.
+        BadSample: not such a picture, or above `MAX_PIXELS`; that its pixels are damaged is found when they are read.
     """
-    from PIL import Image, ImageOps
+    found = _plain_jpeg(data) or _with_pillow(data, _header)
+    if found.height * found.width > MAX_PIXELS:
+        raise BadSample(f"image above {MAX_PIXELS >> 20} megapixels")
+    decode = _jpeg_pixels if found.plain_jpeg else _any_pixels
+    return Picture(found.height, found.width, partial(decode, data))
+
+
+def image(data: bytes) -> Tensor:
+    """The whole of a picture, uint8 [3, H, W].
+
+    Raises:
+        BadSample: not a picture, damaged or cut off, or above `MAX_PIXELS`, which is checked before decoding.
+    """
+    return picture(data).read()
+
+
+class _Header(NamedTuple):
+    """Size, upright, and whether it is a JPEG whose pixels need neither turning nor another colour space."""
+
+    height: int
+    width: int
+    plain_jpeg: bool
+
+
+def _plain_jpeg(data: bytes) -> _Header | None:
+    """The header of most JPEGs, in a tenth of the time that Pillow takes; None leaves it to Pillow."""
+    if not data.startswith(b"\xff\xd8\xff") or _has_application_data(data):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return _Header(int(height), int(width), True) if colours in ("YCbCr", "RGB", "Gray") else None
+
+
+def _has_application_data(data: bytes) -> bool:
+    """Whether a JPEG may hold EXIF or XMP, which say how a picture lies."""
+    place = 2
+    while data[place : place + 1] == b"\xff":
+        marker = data[place + 1 : place + 2]
+        if marker == b"\xda":  # the pixels
+            return False
+        if marker == b"\xe1":
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return True  # not as most files are
+
+
+def _jpeg_pixels(data: bytes, half: bool) -> Pixels:
+    try:
+        if not half:
+            return simplejpeg.decode_jpeg(data, "RGB")
+        height, width = (-(-int(side) // 2) for side in simplejpeg.decode_jpeg_header(data)[:2])
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=2)
+    except ValueError:
+        # Not flawless: Pillow decides whether it can be used, and gives the same pixels.
+        return _any_pixels(data, half)
+
+
+def _any_pixels(data: bytes, half: bool) -> Pixels:
+    """By Pillow, in full."""
+    return _with_pillow(data, _upright_rgb)
+
+
+def _with_pillow(data: bytes, read: Callable[[ImageFile], T]) -> T:
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise BadSample(f"image above {MAX_PIXELS >> 20} megapixels")
-            # A telephone stores pictures as its sensor lay.
-            turned = opened.getexif().get(_ORIENTATION, 1) != 1
-            picture = ImageOps.exif_transpose(opened) if turned else opened
-            if picture.mode.startswith("I"):
-                # Pillow would clip 16 bits to 8: all above 255 would become white.
-                deep = np.asarray(picture, dtype=np.int64).clip(0, 65535)
-                rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-            elif picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                layer = picture.convert("RGBA")
-                flat = Image.new("RGBA", layer.size, "white")
-                flat.alpha_composite(layer)
-                rgb = flat.convert("RGB")
-            else:
-                rgb = picture.convert("RGB")
+            return read(opened)
     except BadSample:
         raise
     except Exception as error:  # Pillow raises many kinds on damaged files; none may stop a run
         raise BadSample(f"image cannot be decoded ({type(error).__name__})") from None
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _header(opened: ImageFile) -> _Header:
+    orientation = opened.getexif().get(_ORIENTATION, 1)
+    plain = orientation == 1 and opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L")
+    lying = orientation in (5, 6, 7, 8)
+    return _Header(*((opened.width, opened.height) if lying else (opened.height, opened.width)), plain)
+
+
+def _upright_rgb(opened: ImageFile) -> Pixels:
+    from PIL import Image, ImageOps
+
+    # A telephone stores pictures as its sensor lay.
+    turned = opened.getexif().get(_ORIENTATION, 1) != 1
+    upright = ImageOps.exif_transpose(opened) if turned else opened
+    if upright.mode.startswith("I"):
+        # Pillow would clip 16 bits to 8: all above 255 would become white.
+        deep = np.asarray(upright, dtype=np.int64).clip(0, 65535)
+        rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    elif upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        flat = Image.new("RGBA", layer.size, "white")
+        flat.alpha_composite(layer)
+        rgb = flat.convert("RGB")
+    else:
+        rgb = upright.convert("RGB")
+    return np.array(rgb)
 
 
 @dataclass(frozen=True)
@@ -156,22 +303,32 @@ def metadata(data: bytes) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], value)
 
 
-def image_from(value: Any) -> Tensor:
-    """A file's path, a file's bytes, a PIL image or a uint8 array [H, W, 3] -> uint8 [3, H, W]; tensors pass.
+def picture_from(value: Any) -> Picture:
+    """A file's path, a file's bytes, a PIL image, a uint8 array [H, W, 3] or tensor [3, H, W]; a Picture passes.
 
     Raises:
         BadSample: not a picture.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Picture):
         return value
     if isinstance(value, (str, Path)):
         value = _file(value)
     if isinstance(value, bytes):
-        return image(value)
-    array = np.array(value.convert("RGB") if hasattr(value, "convert") else value)
+        return picture(value)
+    if isinstance(value, Tensor):
+        array = value.movedim(0, -1).numpy() if value.ndim == 3 else value.numpy()
+    else:
+        array = np.array(value.convert("RGB") if hasattr(value, "convert") else value)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise BadSample(f"a picture must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return _from_pixels(array)
+
+
+def _from_pixels(pixels: Pixels) -> Picture:
+    def same(_half: bool) -> Pixels:
+        return pixels
+
+    return Picture(len(pixels), pixels.shape[1], same)
 
 
 def audio_from(value: Any) -> Sound:
@@ -203,5 +360,5 @@ def _file(path: str | Path) -> bytes:
         raise BadSample(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
-DECODERS: Mapping[str, Callable[[bytes], Any]] = {"image": image, "text": text, "audio": audio}
+DECODERS: Mapping[str, Callable[[bytes], Any]] = {"image": picture, "text": text, "audio": audio}
 """kind of modality -> decoder."""

@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmcontrast.data.stream import Reader
-from mmcontrast.decode import image, image_from, metadata, text
+from mmcontrast.data.reader import Reader
+from mmcontrast.decode import image, metadata, picture_from, text
 from mmcontrast.encoders.image import ImageTransform
 from mmcontrast.shards import BadSample, open_shards
 
@@ -229,10 +229,10 @@ def test_a_picture_may_come_as_file_bytes_array_or_tensor(tmp_path: Path) -> Non
     (tmp_path / "a.png").write_bytes(data)
     want = torch.from_numpy(array).permute(2, 0, 1)
     for value in (tmp_path / "a.png", str(tmp_path / "a.png"), data, array, Image.fromarray(array), want):
-        assert torch.equal(image_from(value), want)
+        assert torch.equal(picture_from(value).read(), want)
     for value in (tmp_path / "none.png", tmp_path, "a\0b", b"", array[:, :, 0], array.astype(np.float32)):
         with pytest.raises(BadSample):
-            image_from(value)
+            picture_from(value)
 
 
 # -------------------------------------------------------------------------------------------- text and metadata

@@ -142,9 +142,9 @@ class SymileM3(Compose):
         if position in self._kept:
             return self._kept[position]
         picture = self.reader.raw(position, self.config.image)
-        if picture is not None and self._room >= picture.nbytes:
-            self._kept[position] = picture
-            self._room -= picture.nbytes
+        if picture is not None and self._room >= (size := 3 * picture.height * picture.width):
+            self._kept[position] = picture = picture.decoded()
+            self._room -= size
         return picture
 
     def meta(self, position: int) -> Mapping[str, Any]:
@@ -152,8 +152,8 @@ class SymileM3(Compose):
         return {**self.reader.meta(position), "class": self.words[self.classes[position]][0]}
 
     def state(self) -> dict[str, Any]:
-        """Which recordings are drawn from."""
-        return {"speech": self.recordings.shards.fingerprint}
+        """Which recordings are drawn from, too."""
+        return super().state() | {"speech": self.recordings.shards.fingerprint}
 
 
 def _distinct(classes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -6,20 +6,25 @@ side, C width, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.decode import image_from
+from mmcontrast.decode import Box, picture_from
 from mmcontrast.encoders.base import Encoder, Transform, read_weights
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Logarithm of the narrowest crop's shape, and the span up to the widest, in torchvision's precision.
+_LOWEST, _SLANT = np.float32(math.log(3 / 4)), np.float32(2 * math.log(4 / 3))
 
 
 class ImageTransform(Transform):
@@ -29,34 +34,52 @@ class ImageTransform(Transform):
 
     def __init__(self, size: int, config: ImageEncoder.Config | None) -> None:
         """`config` brings the augmentation; None is for evaluation."""
-        from torchvision.transforms import v2
+        self.size, self.config = size, config
+        self.colours: list[Any] = []
+        if config is not None and (config.color_jitter or config.grayscale):
+            from torchvision.transforms import v2
 
-        self.size = size
-        # Antialiased bicubic on uint8 is PIL's within a level, and several times faster.
-        resize: Any = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
-        self.steps: list[Any] = []
-        if config is None:
-            self.steps.append(v2.Resize([size, size], **resize))
-        else:
-            self.steps.append(v2.RandomResizedCrop(size, scale=config.crop_scale, **resize))
             if config.color_jitter:
                 j = config.color_jitter
-                self.steps.append(v2.ColorJitter(brightness=j, contrast=j, saturation=j))
+                self.colours.append(v2.ColorJitter(brightness=j, contrast=j, saturation=j))
             if config.grayscale:
-                self.steps.append(v2.RandomGrayscale(config.grayscale))
-        self.centre = config is None
+                self.colours.append(v2.RandomGrayscale(config.grayscale))
 
     def __call__(self, value: Any) -> Tensor:
-        """[3, H, W] uint8, or anything that `decode.image_from` takes."""
-        picture = image_from(value)
-        if self.centre:
-            height, width = picture.shape[1:]
-            side = min(height, width)
-            top, left = (height - side) // 2, (width - side) // 2
-            picture = picture[:, top : top + side, left : left + side]
-        for step in self.steps:
-            picture = step(picture)
-        return picture
+        """Anything that `decode.picture_from` takes."""
+        picture = picture_from(value)
+        if self.config is None:
+            side = min(picture.height, picture.width)
+            box = ((picture.height - side) // 2, (picture.width - side) // 2, side, side)
+            return picture.crop(box, (self.size, self.size))
+        box = random_box(picture.height, picture.width, self.config.crop_scale)
+        pixels = picture.crop(box, (self.size, self.size), half_scale=self.config.half_scale)
+        for change in self.colours:
+            pixels = change(pixels)
+        return pixels
+
+    def collate(self, values: Sequence[Tensor]) -> Tensor:
+        """-> [B, 3, S, S], channels last in memory as the crops are."""
+        # Torch's own stacks at once where the trainer will read it, in memory that a worker shares.
+        return default_collate([value.permute(1, 2, 0) for value in values]).permute(0, 3, 1, 2)
+
+
+def random_box(height: int, width: int, scale: tuple[float, float]) -> Box:
+    """A crop of a random share and shape, the same as torchvision's `RandomResizedCrop` draws (3/4 to 4/3).
+
+    Inception's augmentation (Szegedy et al. 2015, arXiv:1409.4842, section 6), in a fifth of the time.
+    """
+    low, high = np.float32(scale[0]), np.float32(scale[1] - scale[0])
+    for _ in range(10):
+        share, slant = torch.rand(2).numpy()
+        area = height * width * float(share * high + low)
+        ratio = float(np.exp(slant * _SLANT + _LOWEST))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ())), h, w
+    # Too long or too high for any: the middle, of the nearest shape.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 class ImageEncoder(Encoder):
@@ -74,6 +97,9 @@ class ImageEncoder(Encoder):
         """Largest relative change of brightness, contrast and saturation in training."""
         grayscale: float = 0.0
         """Share of the training pictures that lose their colour."""
+        half_scale: bool = False
+        """Decode JPEGs at half their resolution where the crop is at least twice the tower's size: less time per
+        picture of 640 x 480, at HALFDB dB (median) from the exact pixels. In training only."""
 
     def __init__(self, config: Config, *, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(config)
@@ -93,9 +119,9 @@ class ImageEncoder(Encoder):
         """A black picture."""
         return torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> the tower's range."""
-        return (x.to(self.mean.dtype) - self.mean) / self.std
+    def normalise(self, x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """uint8 [B, 3, S, S] in any layout -> the tower's range, in the layout that it works in."""
+        return (x.to(self.mean.dtype, memory_format=layout) - self.mean) / self.std
 
 
 class ViT(ImageEncoder):
@@ -223,7 +249,7 @@ class TimmImage(ImageEncoder):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 [B, 3, S, S] -> [B, C], and [B, T, width] of the last feature map or the last tokens."""
-        features = self.tower.forward_features(self.normalise(x).contiguous(memory_format=self.layout))
+        features = self.tower.forward_features(self.normalise(x, self.layout))
         return self.tower.forward_head(features), self._tokens(features)
 
     def _tokens(self, features: Tensor) -> Tensor | None:
