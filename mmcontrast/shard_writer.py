@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from mmcontrast.config import ConfigError
-from mmcontrast.shards import FORMATS, MANIFEST, MAX_MEMBER_BYTES, METADATA, index_path
+from mmcontrast.manifest import MANIFEST
+from mmcontrast.shards import FORMATS, MAX_MEMBER_BYTES, METADATA, index_path
 from mmcontrast.tar import FORMAT_VERSION, scan
 
 MAX_KEY_BYTES = 90
@@ -177,24 +178,37 @@ def _encode(content: bytes | str | Mapping[str, Any]) -> bytes:
     return content.encode("utf-8") if isinstance(content, str) else content
 
 
-def describe_shard(path: Path) -> dict[str, Any]:
-    """Index a tar, write the index beside it, and return the tar's entry in the manifest."""
+def describe_shard(path: Path, name: Path | None = None) -> dict[str, Any]:
+    """Index a tar, write the index beside it, and return the tar's entry in the manifest.
+
+    Args:
+        path: the tar.
+        name: where it would lie, if it is only kept at `path` under another name.
+    """
+    name = name or path
     index = scan(path, checksum=True)
-    _replace(index_path(path), json.dumps(index.to_json(), separators=(",", ":")))
+    text = json.dumps(index.to_json(), separators=(",", ":"))
+    _replace(index_path(name), text)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "name": path.name,
+        "name": name.name,
         "samples": len(index.keys),
         "bytes": path.stat().st_size,
         "sha256": digest,
+        "index": {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()},
         "members": {name: int((c.offset >= 0).sum()) for name, c in index.columns.items()},
         "damage": [list(entry) for entry in index.damage],
     }
 
 
-def write_manifest(folder: Path, shards: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Write `manifest.json`: totals, formats per modality, and the shards' entries."""
+def write_manifest(
+    folder: Path, shards: Sequence[Mapping[str, Any]], about: Mapping[str, Any], *, root: str | None = None
+) -> None:
+    """Write `manifest.json`: totals, formats per modality, and the shards' entries.
+
+    `root` is the address of their folder, where they do not lie beside it.
+    """
     members: Counter[str] = Counter()
     for shard in shards:
         members.update(shard["members"])
@@ -208,6 +222,7 @@ def write_manifest(folder: Path, shards: Sequence[Mapping[str, Any]], about: Map
         "samples": sum(s["samples"] for s in shards),
         "bytes": sum(s["bytes"] for s in shards),
         "modalities": modalities,
+        **({} if root is None else {"root": root}),
         "about": dict(about),
         "shards": [dict(s) for s in shards],
     }

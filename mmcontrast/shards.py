@@ -8,27 +8,31 @@ members are bytes, and only members of known formats are looked at.
     OUT/00000.tar               the samples
     OUT/00000.index.json        keys, and per format the offset, size and CRC-32 of every member
     OUT/manifest.json           shards with counts, bytes and SHA-256; formats per modality
+
+The three may lie on another machine: then a shard is brought to this one when it is first read (`shard_cache.py`).
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import re
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
-from mmcontrast.tar import FORMAT_VERSION, ShardIndex, scan
+from mmcontrast.manifest import MANIFEST, MAX_JSON_BYTES, Finder, Place, index_anew
+from mmcontrast.manifest import read_manifest as read_manifest  # whoever opens shards may look at it
+from mmcontrast.remote import Address
+from mmcontrast.shard_cache import Cache
+from mmcontrast.tar import ShardIndex, scan
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -42,7 +46,6 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 """kind of modality -> member extensions that hold it."""
 METADATA = "json"
 """Member with the sample's labels and groups, a JSON object."""
-MANIFEST = "manifest.json"
 MAX_MEMBER_BYTES = 256 << 20
 
 
@@ -52,11 +55,13 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its path, its number of samples, and its index, read when it is first needed."""
+    """One tar: where it lies, its samples and its length, and how its index and a descriptor to read from are had."""
 
-    path: Path
+    path: Place
     samples: int
+    bytes: int
     load: Callable[[], ShardIndex]
+    open: Callable[[], int]
 
 
 @dataclass
@@ -75,11 +80,14 @@ class ShardSet:
     damage: Mapping[str, Sequence[tuple[str, str]]]
     fingerprint: str
     _starts: NDArray[np.int64] = field(init=False)
+    _most_open: int = field(init=False)
     _indices: OrderedDict[int, ShardIndex] = field(init=False, default_factory=OrderedDict[int, ShardIndex])
     _files: OrderedDict[int, int] = field(init=False, default_factory=OrderedDict[int, int])
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0, *(s.samples for s in self.shards)])
+        # What is open in the cache cannot make room for other shards, and opening it again costs next to nothing.
+        self._most_open = 1 if any(isinstance(shard.path, Address) for shard in self.shards) else 64
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -121,7 +129,13 @@ class ShardSet:
         offset, size, crc = (int(c[place]) for c in (columns.offset, columns.size, columns.crc32))
         if not 0 <= size <= MAX_MEMBER_BYTES:
             raise BadSample(f"{extension} member above {MAX_MEMBER_BYTES >> 20} MiB")
-        data = os.pread(self._open(shard), size, offset)
+        file = self._open(shard)
+        try:
+            if offset + size > os.fstat(file).st_size:  # before memory is taken for what is not there
+                raise BadSample("truncated")
+            data = os.pread(file, size, offset)
+        except OSError as error:  # a sector, a network disk
+            raise BadSample(f"cannot be read (errno {error.errno})") from None
         if len(data) < size:
             raise BadSample("truncated")
         if crc >= 0 and zlib.crc32(data) != crc:
@@ -132,7 +146,7 @@ class ShardSet:
         return _recent(self._indices, shard, lambda: self.shards[shard].load(), limit=64)
 
     def _open(self, shard: int) -> int:
-        return _recent(self._files, shard, lambda: os.open(self.shards[shard].path, os.O_RDONLY), 64, os.close)
+        return _recent(self._files, shard, lambda: self.shards[shard].open(), self._most_open, os.close)
 
 
 def _recent(
@@ -143,57 +157,22 @@ def _recent(
     drop: Callable[[V], None] = lambda value: None,
 ) -> V:
     if key not in cache:
-        cache[key] = make()
-        if len(cache) > limit:
+        while len(cache) >= limit:  # first, since what is held may be in the way of what is to come
             drop(cache.popitem(last=False)[1])
+        cache[key] = make()
     cache.move_to_end(key)
     return cache[key]
 
 
-def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """Folders, globs, `{00000..00007}` ranges and files -> existing tars, in order.
+def open_shards(patterns: Sequence[str], *, cache: Cache | None = None) -> ShardSet:
+    """Shards with a manifest are opened by it; local others (img2dataset's, say) by a scan of their headers.
 
-    Raises:
-        ConfigError: a pattern that matches nothing, a remote address, or a command.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        if pattern.startswith("pipe:"):
-            raise ConfigError(f"{pattern!r} would run a command; shards are read from files only")
-        if "://" in pattern:
-            raise ConfigError(f"{pattern!r} is remote; copy the shards to this machine and give their folder")
-        if Path(pattern).is_dir():
-            tars = sorted(Path(pattern).glob("*.tar"))
-        elif Path(pattern).is_file():
-            if not pattern.endswith(".tar"):
-                raise ConfigError(f"{pattern!r} is no .tar file; unpack it if it is a compressed one")
-            tars = [Path(pattern)]
-        else:
-            tars = []
-            for piece in (pieces := _braces(pattern)):
-                names = [piece] if Path(piece).is_file() else sorted(glob.glob(piece))
-                if not names and len(pieces) > 1:  # reading on would train on less than was asked for
-                    raise ConfigError(f"{piece} of {pattern!r} is not there; correct the range")
-                tars += [Path(name) for name in names if name.endswith(".tar") and Path(name).is_file()]
-        if not tars:
-            raise ConfigError(f"no shards match {pattern!r}; give a folder with .tar files, a glob or a range")
-        found += tars
-    return list(dict.fromkeys(found))
+    Remote shards without a manifest are refused: a scan would bring the whole set to every machine before the first
+    step of each run. `mmcontrast prep index` does it once, and keeps what it found.
 
-
-def _braces(pattern: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
-        return [pattern]
-    width, first, last = len(match[1]), int(match[1]), int(match[2])
-    if last - first > 1_000_000:
-        raise ConfigError(f"{pattern!r} names {last - first + 1} shards; the limit is 1000000")
-    heads = [f"{pattern[: match.start()]}{i:0{width}d}" for i in range(first, last + 1)]
-    return [h + tail for h in heads for tail in _braces(pattern[match.end() :])]
-
-
-def open_shards(patterns: Sequence[str]) -> ShardSet:
-    """Shards with a manifest are opened by it; others (img2dataset's, say) by a scan of their headers.
+    Args:
+        patterns: folders, globs, ranges, files, and addresses of them.
+        cache: where remote shards are kept; by default as the environment says.
 
     Raises:
         ConfigError: nothing matches, a manifest cannot be read, or a tar is not what its manifest says.
@@ -202,27 +181,32 @@ def open_shards(patterns: Sequence[str]) -> ShardSet:
     counts: Counter[str] = Counter()
     damage: dict[str, Sequence[tuple[str, str]]] = {}
     fingerprint = hashlib.sha256()
-    paths = find_shards(patterns)
-    manifests = {folder: _entries(folder) for folder in dict.fromkeys(path.parent for path in paths)}
-    for folder in (Path(pattern) for pattern in patterns):
-        if missing := manifests.get(folder, {}).keys() - {p.name for p in paths if p.parent == folder}:
-            raise ConfigError(f"{folder / min(missing)} is not there, but {MANIFEST} names it; {_index_anew(folder)}")
+    finder = Finder(cache.patience if cache else None)
+    paths = list(dict.fromkeys(path for pattern in patterns for path in finder.find(pattern)))
+    if cache is None and any(isinstance(path, Address) for path in paths):
+        cache = Cache.from_environment()
     for path in paths:
-        entry = manifests[path.parent].get(path.name)
-        size = path.stat().st_size
+        described = finder.describe(path)
+        entry = described.entries.get(path.name)
         if entry is not None:
-            if size != entry["bytes"]:
+            if isinstance(path, Path) and (size := path.stat().st_size) != entry["bytes"]:
                 raise ConfigError(
                     f"{path} has {size} bytes, its manifest says {entry['bytes']}: write it again, "
-                    f"or to accept it as it is {_index_anew(path.parent)}"
+                    f"or to accept it as it is {index_anew(described.folder)}"
                 )
-            shards.append(Shard(path, entry["samples"], _IndexFile(index_path(path), entry["samples"])))
+            load = _IndexFile(described.folder / _index_name(path.name), entry, cache)
+            shards.append(Shard(path, entry["samples"], entry["bytes"], load, _Opened(path, entry, cache)))
             counts.update(entry["members"])
             left_out = [(key, reason) for key, reason in entry.get("damage", ())]
             fingerprint.update(f"{path.name!r} {entry['sha256']} ".encode())
+        elif isinstance(path, Address):
+            raise ConfigError(
+                f"no {MANIFEST} beside it names {path}: run `mmcontrast prep index PATTERN --out FOLDER`, which reads "
+                "every shard once, and give FOLDER instead of the pattern"
+            )
         else:
-            index = scan(path)
-            shards.append(Shard(path, len(index.keys), _Kept(index)))
+            index, size = scan(path), path.stat().st_size
+            shards.append(Shard(path, len(index.keys), size, _Kept(index), _Opened(path, {}, None)))
             counts.update({name: int((c.offset >= 0).sum()) for name, c in index.columns.items()})
             left_out = index.damage
             fingerprint.update(f"{path.name!r} {size} {index.to_json()} ".encode())
@@ -234,23 +218,59 @@ def open_shards(patterns: Sequence[str]) -> ShardSet:
     return ShardSet(shards, dict(counts), damage, fingerprint.hexdigest()[:16])
 
 
-def _index_anew(folder: Path) -> str:
-    return f"run `mmcontrast prep index {folder} --overwrite`"
+@dataclass(frozen=True)
+class _Opened:
+    """Makes a descriptor of a shard; a remote one is brought into the cache first."""
+
+    path: Place
+    entry: Mapping[str, Any]
+    cache: Cache | None
+
+    def __call__(self) -> int:
+        if isinstance(self.path, Address):
+            assert self.cache is not None
+            digest = self.entry["sha256"]
+            return self.cache.open(self.path, digest, size=self.entry["bytes"], sha256=digest)
+        try:
+            return os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be opened: {error.strerror}; put it back, or start again") from None
 
 
 @dataclass(frozen=True)
 class _IndexFile:
-    path: Path
-    samples: int
+    path: Place
+    entry: Mapping[str, Any]
+    cache: Cache | None
 
     def __call__(self) -> ShardIndex:
+        samples = self.entry["samples"]
         try:
-            index = ShardIndex.from_json(json.loads(self.path.read_text("utf-8")))
-            if len(index.keys) != self.samples:
-                raise ValueError(f"{len(index.keys)} samples, the manifest says {self.samples}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError(f"{self.path} cannot be read ({error}); {_index_anew(self.path.parent)}") from None
+            index = ShardIndex.from_json(json.loads(self._content()))
+            if len(index.keys) != samples:
+                raise ValueError(f"{len(index.keys)} samples, the manifest says {samples}")
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            remedy = index_anew(self.path.parent)
+            raise ConfigError(f"{self.path} cannot be read ({str(error)[:200]}); {remedy}") from None
         return index
+
+    def _content(self) -> bytes:
+        described = self.entry.get("index", {})
+        if isinstance(self.path, Address):
+            assert self.cache is not None
+            size, digest = described.get("bytes"), described.get("sha256")
+            identity = digest or f"index of {self.entry['sha256']}"
+            file = self.cache.open(self.path, identity, size=size, sha256=digest)
+            with os.fdopen(file, "rb") as opened:
+                if os.fstat(file).st_size > MAX_JSON_BYTES:
+                    raise ValueError(f"above {MAX_JSON_BYTES >> 20} MiB")
+                return opened.read()
+        data = self.path.read_bytes()
+        if described and hashlib.sha256(data).hexdigest() != described["sha256"]:
+            raise ValueError("not the one that the manifest describes")
+        return data
 
 
 @dataclass(frozen=True)
@@ -263,36 +283,8 @@ class _Kept:
 
 def index_path(shard: Path) -> Path:
     """Where the index of a tar lies."""
-    return shard.with_suffix(".index.json")
+    return shard.with_name(_index_name(shard.name))
 
 
-def _entries(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    return {} if manifest is None else {entry["name"]: entry for entry in manifest["shards"]}
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder of shards; None where there is none.
-
-    Raises:
-        ConfigError: it is no manifest, or of a newer format.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        version, entries = int(manifest["version"]), manifest["shards"]
-        names = {entry["name"] for entry in entries}
-        numbers = [n for e in entries for n in (e["bytes"], e["samples"], *e["members"].values())]
-        if not all(isinstance(n, int) and n >= 0 for n in numbers) or not all(
-            isinstance(e["sha256"], str) for e in entries
-        ):
-            raise ValueError("a count is no number")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a manifest of shards ({error!r}); {_index_anew(folder)}") from None
-    if version > FORMAT_VERSION:
-        raise ConfigError(f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade mmcontrast")
-    if len(names) < len(entries):
-        raise ConfigError(f"{path} names a shard twice; {_index_anew(folder)}")
-    return cast(dict[str, Any], manifest)
+def _index_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".index.json"

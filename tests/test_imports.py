@@ -16,8 +16,11 @@ MAY = {
     "randomness": set[str](),
     "tar": set[str](),
     "batch": {"config"},
-    "shards": {"config", "tar"},
-    "shard_writer": {"config", "tar", "shards"},
+    "remote": {"config"},
+    "shard_cache": {"config", "remote"},
+    "manifest": {"config", "tar", "remote"},
+    "shards": {"config", "tar", "remote", "shard_cache", "manifest"},
+    "shard_writer": {"config", "tar", "manifest", "shards"},
     "decode": {"config", "shards"},
     "heads": {"config", "batch", "randomness", "heads"},
     "encoders": LOW | {"encoders", "heads"},
@@ -34,7 +37,7 @@ MAY = {
     "recipe": {"config", "checkpoint", "trainer"},
     "check": LOW | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "check"},
     "eval": LOW | {"encoders", "data", "checkpoint", "eval"},
-    "data_prep": LOW | {"shard_writer", "data_prep"},
+    "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "data_prep"},
     "quickstart": {"config"},
 }
 

@@ -23,8 +23,9 @@ import pytest
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep import index as prep_index
+from mmcontrast.manifest import MANIFEST, find_shards
 from mmcontrast.shard_writer import Sample, ShardWriter
-from mmcontrast.shards import MANIFEST, BadSample, ShardSet, find_shards, index_path, open_shards, scan
+from mmcontrast.shards import BadSample, ShardSet, index_path, open_shards, scan
 
 BLOCK = 512
 
@@ -645,6 +646,12 @@ def test_an_index_that_points_elsewhere_gives_nothing(tmp_path: Path) -> None:
     write(tmp_path, {k: {"jpg": content(k, "jpg")} for k in keys(4)})
     path = index_path(tmp_path / "00000.tar")
     index = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(index))  # the same in other bytes
+    with pytest.raises(ConfigError, match="not the one that the manifest describes"):
+        open_shards([str(tmp_path)]).read(0, "jpg")
+    manifest = json.loads((tmp_path / MANIFEST).read_text("utf-8"))
+    del manifest["shards"][0]["index"]  # as it was written by earlier versions
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     column = index["members"]["jpg"]
     column["offset"][0], column["offset"][1] = column["offset"][1], 10**15
     column["size"][2], column["size"][3] = 1 << 40, -3
@@ -777,8 +784,10 @@ def test_folders_globs_ranges_and_files_are_found_in_order(tmp_path: Path) -> No
     ("pattern", "text"),
     [
         ("pipe:cat {folder}/00000.tar; touch {folder}/ran", "would run a command"),
-        ("http://example.org/{{00000..00009}}.tar", "is remote"),
-        ("s3://bucket/00000.tar", "is remote"),
+        ("file://pipe:cat", "no shards match"),
+        ("reference://{folder}/00000.tar", "cannot be read; known are http"),
+        ("simplecache::s3://bucket/00000.tar", "cannot be read; known are http"),
+        ("http://someone:secret@example.org/00000.tar", "address of example.org/00000.tar holds a password"),
         ("{folder}/none", "no shards match"),
         ("{folder}/*.zip", "no shards match"),
         ("{folder}/{{5..0}}.tar", "no shards match"),
