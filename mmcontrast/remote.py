@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "hdfs", "webhdfs", "memory")
 """Where fsspec may read. Its other protocols unpack, rewrite or run what an address says; `::` chains them."""
-ABSENT = (401, 403, 404, 410)
+ABSENT = (403, 404, 410)
 """What servers answer for a file that is not there; stores that may not be listed say 403."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _MAX_PAUSE = 60.0

@@ -132,7 +132,8 @@ class Cache:
 
         for last in (False, True):
             try:
-                patiently(address, self.patience, attempt)
+                if sha256 is None or size is None or os.fstat(file).st_size != size:
+                    patiently(address, self.patience, attempt)
                 if sha256 is not None and (found := _sha256(file)) != sha256:
                     raise _Wrong(f"has the SHA-256 {found[:16]}…, its manifest says {sha256[:16]}…")
                 return

@@ -9,18 +9,24 @@ from __future__ import annotations
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmcontrast.config import ConfigError
+
 FORMAT_VERSION = 1
 _BLOCK = 512
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_ENTRIES = 1 << 22  # of an index, over all its extensions: about 100 MB
+_ZEROS = bytes(1 << 20)
 _BREAK = "at a break of the tar"
+_PAX_RECORD = re.compile(rb"([0-9]{1,9}) ([^=]+)=")
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _ABOUT_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE, *_PAX)
 
@@ -52,19 +58,33 @@ class ShardIndex:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ShardIndex:
-        """The reverse of `to_json`.
+        """The reverse of `to_json`, for what was scanned with checksums.
 
         Raises:
-            ValueError: columns that are not one entry per key.
+            ValueError: keys that are not distinct strings, columns that are not one whole number per key, or a member
+                without a checksum.
         """
-        columns = {
-            name: Columns(*(np.asarray(c[k], dtype=np.int64) for k in ("offset", "size", "crc32")))
-            for name, c in data["members"].items()
-        }
-        for name, c in columns.items():
-            if not c.offset.shape == c.size.shape == c.crc32.shape == (len(data["keys"]),):
-                raise ValueError(f"{name} has other than {len(data['keys'])} entries")
-        return ShardIndex(keys=data["keys"], columns=columns)
+        keys = data["keys"]
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in cast(list[Any], keys)):
+            raise ValueError("its keys are no list of strings")
+        names = cast(list[str], keys)
+        if len(set(names)) < len(names):
+            raise ValueError("a key comes twice")
+        columns: dict[str, Columns] = {}
+        for name, found in data["members"].items():
+            offset, size, crc32 = (_whole_numbers(found[k], len(names), name) for k in ("offset", "size", "crc32"))
+            present = offset >= 0
+            if (crc32[present] < 0).any() or (crc32 >> 32 > 0).any():
+                raise ValueError(f"{name} lacks checksums")
+            columns[name] = Columns(offset, size, crc32)
+        return ShardIndex(names, columns)
+
+
+def _whole_numbers(values: Any, count: int, name: str) -> NDArray[np.int64]:
+    found = np.asarray(values if values else np.zeros(0, np.int64))  # an empty list would be of floats
+    if found.shape != (count,) or found.dtype != np.int64:
+        raise ValueError(f"{name} has other than {count} whole numbers")
+    return found
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -82,12 +102,23 @@ def scan(path: Path, *, checksum: bool = False) -> ShardIndex:
 
     Where a header is broken, the scan goes on at the next good one and leaves out the samples on both sides of
     the break, since it cannot know what they lost. Keys that come back later in the shard are left out as well.
-    Contents that changed or moved under whole headers are seen by the checksums of an older index alone.
+    Contents that changed or moved under whole headers are seen by the checksums of an older index alone, and so are
+    changed letters in a name of more than 100 bytes, which a tar protects by no checksum.
 
     Args:
         path: the tar.
         checksum: also read all contents and note their CRC-32.
+
+    Raises:
+        ConfigError: the file cannot be opened or read.
     """
+    try:
+        return _scan(path, checksum)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}; mend that, or leave it out") from None
+
+
+def _scan(path: Path, checksum: bool) -> ShardIndex:
     order: list[str] = []
     members: dict[str, dict[str, tuple[int, int, int]]] = {}
     bad: dict[str, str] = {}
@@ -123,7 +154,12 @@ def scan(path: Path, *, checksum: bool = False) -> ShardIndex:
         bad[""] = "not a tar"
     keys = [k for k in order if k not in bad]
     columns: dict[str, Columns] = {}
-    for extension in sorted({e for k in keys for e in members[k]}):
+    common = Counter(e for k in keys for e in members[k])
+    # With dots in the keys every member is an extension of its own: a column for each would take their square.
+    kept = [e for e, _ in common.most_common(max(1, _MAX_ENTRIES // max(1, len(keys))))]
+    if len(kept) < len(common):
+        bad[""] = f"{len(common) - len(kept)} extensions beyond the first {len(kept)}; do the keys have dots?"
+    for extension in sorted(kept):
         entries = [members[k].get(extension, (-1, 0, -1)) for k in keys]
         offset, size, crc32 = np.array(entries, dtype=np.int64).T.copy()
         columns[extension] = Columns(offset, size, crc32)
@@ -141,13 +177,14 @@ def _crc32(file: Any, offset: int, size: int) -> int:
 def walk(file: Any, end: int) -> Iterator[tuple[str, int, int, bool] | None]:
     """(name, offset, size, complete) of every regular member; None where something is broken or missing."""
     position, name, pax_size = 0, None, None
-    lost = zeros = False
+    lost = zeros = sparse = nameless = False
     while position + _BLOCK <= end:
         file.seek(position)
         head = file.read(_BLOCK)
         position += _BLOCK
         if not head.strip(b"\0"):
-            name, pax_size, zeros = None, None, True
+            position = _behind_zeros(file, position)
+            name, pax_size, sparse, zeros = None, None, False, True
             continue
         info = _header(head)
         # Zeros end an archive: a header behind them means that a stretch was wiped, or two tars joined.
@@ -155,27 +192,42 @@ def walk(file: Any, end: int) -> Iterator[tuple[str, int, int, bool] | None]:
             yield None
         lost, zeros = info is None, False
         if info is None:
-            name, pax_size = None, None
+            name, pax_size, sparse = None, None, False
         elif info.type in _ABOUT_THE_NEXT:
             payload = file.read(info.size)
             if info.type == tarfile.GNUTYPE_LONGNAME:
                 name = _text(payload.partition(b"\0")[0])
             elif info.type in _PAX:
                 records = _pax_records(payload)
+                if records is None:  # the name may be what is lost: whose member comes next is unknown
+                    yield None
+                    records, nameless = {}, True
                 name = records.get("path", name)
                 pax_size = int(s) if re.fullmatch("[0-9]{1,19}", s := records.get("size", "")) else None
+                sparse = any(record.startswith("GNU.sparse.") for record in records)
             position += _padded(info.size)
         elif info.type in tarfile.REGULAR_TYPES or info.type not in tarfile.SUPPORTED_TYPES:
             size = info.size if pax_size is None else pax_size
-            stored = info.type != tarfile.GNUTYPE_SPARSE  # the bytes of a sparse file lie elsewhere
+            stored = info.type != tarfile.GNUTYPE_SPARSE and not sparse  # a sparse file lies there in pieces
             complete = stored and position + size <= end
-            yield name or info.name, position, size, complete
+            if not nameless:
+                yield name or info.name, position, size, complete
             position += _padded(size)
-            name, pax_size = None, None
+            name, pax_size, sparse, nameless = None, None, False, False
         else:  # folders and links have no content: to skip what their size says could skip members
-            name, pax_size = None, None
+            name, pax_size, sparse = None, None, False
     if not zeros:
         yield None  # a cut between members leaves no other trace than that the closing zeros are missing
+
+
+def _behind_zeros(file: Any, position: int) -> int:
+    """The next block that is not all zeros; in large steps, since a file of holes may be larger than any disk."""
+    file.seek(position)
+    while chunk := file.read(len(_ZEROS)):
+        if chunk != _ZEROS and (rest := len(chunk.lstrip(b"\0"))):
+            return position + (len(chunk) - rest) // _BLOCK * _BLOCK
+        position += len(chunk)
+    return position
 
 
 def _header(head: bytes) -> tarfile.TarInfo | None:
@@ -197,13 +249,15 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def _pax_records(payload: bytes) -> dict[str, str]:
-    """`LENGTH KEY=VALUE` lines of an extended header."""
+def _pax_records(payload: bytes) -> dict[str, str] | None:
+    """`LENGTH KEY=VALUE` lines of an extended header; None where they are not such lines to the end."""
     records: dict[str, str] = {}
-    while match := re.match(rb"([0-9]{1,9}) ([^=]+)=", payload):
-        length = int(match[1])
-        if not match.end() < length <= len(payload):
-            break
-        records[_text(match[2])] = _text(payload[match.end() : length - 1])
-        payload = payload[length:]
+    place, end = 0, len(payload.rstrip(b"\0"))
+    while place < end:
+        match = _PAX_RECORD.match(payload, place, end)
+        stop = place + int(match[1]) if match else 0
+        if match is None or not match.end() < stop <= end or payload[stop - 1 : stop] != b"\n":
+            return None
+        records[_text(match[2])] = _text(payload[match.end() : stop - 1])
+        place = stop
     return records
