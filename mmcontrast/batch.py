@@ -34,7 +34,8 @@ class Batch:
         ids: [n] int64, stable sample ids; equal ids are one sample and never negatives of each other.
         groups: name -> [n] int64 labels such as concept or patient.
         keys: [n] names of the samples, for messages.
-        skipped: damaged samples that were replaced, as (shard, key, reason).
+        skipped: damaged samples that were replaced, as (shard, key, reason); of several sources, SOURCE/shard.
+        sources: [n] names of the sources that they are of; that of an only source is empty.
     """
 
     inputs: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Batch:
     groups: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     keys: Sequence[str] = ()
     skipped: Sequence[tuple[str, str, str]] = ()
+    sources: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

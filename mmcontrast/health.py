@@ -28,7 +28,7 @@ class Report:
         global_batch: int,
         per_epoch: int,
         main: bool,
-        count_skipped: Callable[[int], int],
+        data_values: Callable[[int], Mapping[str, float]],
         track: Callable[..., None] | None,
     ) -> None:
         """Start at a step.
@@ -41,14 +41,14 @@ class Report:
             global_batch: samples per step.
             per_epoch: samples per epoch.
             main: whether this process writes and shows anything.
-            count_skipped: samples seen so far -> damaged ones of all ranks; called on every rank when a line is due.
+            data_values: steps so far -> what was read, by name; called on every rank when a line is due.
             track: takes values and `step`, or None.
         """
         from tqdm import tqdm
 
         self.path, self.main, self.first, self.steps, self.log_every = path, main, first, steps, log_every
         self.global_batch, self.per_epoch = global_batch, per_epoch
-        self.count_skipped, self.track = count_skipped, track
+        self.data_values, self.track = data_values, track
         self.waited, self.since, self.started = 0.0, time.perf_counter(), first
         if main and path.exists():
             _drop_lines_after(path, first)  # they will be written again
@@ -76,7 +76,7 @@ class Report:
         line["epoch"] = (step + 1) * self.global_batch / self.per_epoch
         line["samples_per_second"] = (step + 1 - self.started) * self.global_batch / elapsed
         line["data_wait"] = self.waited / elapsed
-        line["skipped"] = self.count_skipped((step + 1 - self.first) * self.global_batch)
+        line |= self.data_values(step + 1)
         self.since, self.started, self.waited = time.perf_counter(), step + 1, 0.0
         scales = {k.rpartition(".")[2]: f"{v:.1f}" for k, v in line.items() if k.endswith("scale")}
         rate, wait = f"{line['samples_per_second']:.0f}/s", f"{line['data_wait']:.0%}"

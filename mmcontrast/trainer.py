@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +33,8 @@ from mmcontrast.checkpoint import (
     sync,
 )
 from mmcontrast.config import ConfigError, Configurable, suggest, to_dict
-from mmcontrast.data.stream import Stream
+from mmcontrast.data.stream import Batches
+from mmcontrast.data.tally import Tally
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.health import Report
 from mmcontrast.objectives.base import Objective
@@ -62,7 +62,7 @@ class Trainer(Configurable):
 
         model: MultiEncoder.Config
         """Towers and shared space."""
-        data: Stream.Config
+        data: Batches.Config
         """Training shards."""
         objectives: dict[str, Objective.Config]
         """Name -> term of the loss."""
@@ -145,7 +145,7 @@ class Trainer(Configurable):
         for name in self.model.terms.keys() & self.terms.keys():
             raise ConfigError(f"a head and an objective are both called {name!r}; rename one, for their values' sake")
         self.evaluators: dict[str, Evaluator] = {name: e.build() for name, e in config.evaluators.items()}
-        self.stream: Stream = config.data.build(
+        self.stream: Batches = config.data.build(
             self.model.transforms(train=True),
             seed=config.seed,
             global_batch=config.global_batch,
@@ -159,7 +159,7 @@ class Trainer(Configurable):
         self.schedule: Cosine = config.schedule.build()
         self.checkpoints: Checkpoints = config.checkpoint.build(config.out)
         self.names = names_of(("model", self.model), ("objectives", self.objectives))
-        self.skipped: Counter[tuple[str, str]] = Counter()
+        self.tally = Tally()
 
     @property
     def terms(self) -> dict[str, Objective]:
@@ -182,8 +182,10 @@ class Trainer(Configurable):
         """
         first = self._resume()
         steps = self.config.steps
-        if self.is_main and first:
-            print(f"{self.config.out}: goes on at step {first} of {steps}", file=sys.stderr, flush=True)
+        if self.is_main:
+            print("\n".join(self.stream.describe(steps)), file=sys.stderr)
+            if first:
+                print(f"{self.config.out}: goes on at step {first} of {steps}", file=sys.stderr, flush=True)
         if self.config.trackers:
             self.accelerator.init_trackers("mmcontrast", config={"config": json.dumps(to_dict(self.config))})
         values: dict[str, Any] = {}
@@ -193,15 +195,15 @@ class Trainer(Configurable):
             steps=steps,
             log_every=self.config.log_every,
             global_batch=self.config.global_batch,
-            per_epoch=self.stream.order.per_epoch,
+            per_epoch=self.stream.per_epoch,
             main=self.is_main,
-            count_skipped=self.count_skipped,
+            data_values=self.data_values,
             track=self.accelerator.log if self.config.trackers else None,
         )
         batches = report.timed(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"))
         for step, batch in zip(range(first, steps), batches, strict=True):
             values = self.step(step, batch.to(self.device))
-            self.skipped.update((shard, reason) for shard, _, reason in batch.skipped)
+            self.tally.add(batch)
             report.after(step, values)
             if self._due(self.config.checkpoint.every, step):
                 self._save(step + 1)  # first: an evaluation that fails must not cost what was trained
@@ -303,13 +305,14 @@ class Trainer(Configurable):
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, step: int) -> None:
+        tally = self.tallied()
         if self.is_main:
             tensors = {
                 "model": self.model.state_dict(),
                 "objectives": self.objectives.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer, self.names),
             }
-            self.checkpoints.save(step, tensors, {"stream": self.stream.state()})
+            self.checkpoints.save(step, tensors, {"stream": self.stream.state(), "tally": tally.state()})
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
@@ -335,6 +338,8 @@ class Trainer(Configurable):
                     f"{newest} was trained with {name} {state['stream'].get(name)!r}, now it is {value!r}; "
                     "use the same data and settings, or another --out"
                 )
+        if self.is_main:  # for all: counts are summed over ranks
+            self.tally.load(state["tally"])
         self.model.load_state_dict(read_tensors(Path(newest), "model"))
         self.objectives.load_state_dict(read_tensors(Path(newest), "objectives"))
         load_optimizer(self.optimizer, self.names, read_tensors(Path(newest), "optimizer"))
@@ -359,25 +364,21 @@ class Trainer(Configurable):
         sync(temporary)
         temporary.replace(out / "config.json")
 
-    # -------------------------------------------------------------------------------------------- damage
+    # -------------------------------------------------------------------------------------------- data
 
-    def count_skipped(self, seen: int) -> int:
-        """Damaged samples of all ranks so far.
+    def tallied(self) -> Tally:
+        """What all ranks have read so far; every rank must ask."""
+        return Tally().merge(self.world.gather_objects(self.tally))
+
+    def data_values(self, step: int) -> Mapping[str, float]:
+        """Counts of what was read before a step, by name.
 
         Raises:
-            ConfigError: more of them than `max_bad_fraction` of those seen.
+            ConfigError: more damaged samples than `max_bad_fraction` of those seen.
         """
-        total: Counter[tuple[str, str]] = Counter()
-        for counter in self.world.gather_objects(self.skipped):
-            total.update(counter)
-        limit = self.config.data.max_bad_fraction
-        if total.total() > limit * max(seen, 1000):
-            (shard, reason), count = total.most_common(1)[0]
-            raise ConfigError(
-                f"{total.total()} of {seen} samples are damaged, more than max_bad_fraction {limit} allows; most often "
-                f"{shard}: {reason} ({count} times)"
-            )
-        return total.total()
+        tally, sizes = self.tallied(), {s.name: s.order.per_epoch for s in self.stream.sources}
+        tally.check(step * self.config.global_batch, self.config.data.max_bad_fraction)
+        return tally.values(self.stream.seen(step), sizes)
 
 
 def _check(config: Trainer.Config) -> None:
@@ -411,7 +412,7 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     """`field: old -> new` of every setting that differs, without those that change no result."""
     if isinstance(old, dict) and isinstance(new, dict):
         before, after = cast(dict[str, Any], old), cast(dict[str, Any], new)
-        free = {"": _FREE, "data": _FREE_DATA}.get(where, ())
+        free = _FREE_DATA if where.partition(".")[0] == "data" else () if where else _FREE
         found: list[str] = []
         for name in sorted(before.keys() | after.keys()):
             if name not in free:

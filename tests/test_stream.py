@@ -9,8 +9,7 @@ import os
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +27,7 @@ from mmcontrast.data.reader import Reader
 from mmcontrast.encoders.image import ViT
 from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.shards import open_shards
-
-SIDE = 12
-
-
-@lru_cache(maxsize=256)
-def png(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-class Bytes:
-    """Text -> [64] uint8."""
-
-    kind = "text"
-
-    def __call__(self, value: str) -> Tensor:
-        data = value.encode()[:64]
-        return torch.tensor(list(data.ljust(64, b"\0")), dtype=torch.uint8)
-
-    def collate(self, values: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        return {
-            "bytes": torch.stack(list(values)),
-            "length": torch.tensor([int((v > 0).sum()) for v in values]),
-        }
-
-
-class Picture:
-    """The picture as it is."""
-
-    kind = "image"
-
-    def __call__(self, value: Any) -> Tensor:
-        return value.read()
-
-    def collate(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values))
+from tests.samples import SIDE, Bytes, Picture, equal, png
 
 
 def augmented() -> Any:
@@ -115,22 +77,6 @@ def stream(data: Path, transforms: Any = None, *, seed: int = 7, global_batch: i
     )
     transforms = transforms or {"image": Picture(), "text": Bytes()}
     return config.build(transforms, seed=seed, global_batch=global_batch, **place)
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    """Bit for bit: inputs, rows, ids, groups, keys and what was skipped."""
-
-    def flat(batch: Batch) -> dict[str, Tensor]:
-        found = {"ids": batch.ids}
-        found |= {f"rows {m}": r for m, r in batch.rows.items()} | {f"group {g}": t for g, t in batch.groups.items()}
-        for modality, value in batch.inputs.items():
-            parts = value if isinstance(value, Mapping) else {"": value}
-            found |= {f"input {modality} {name}": part for name, part in parts.items()}
-        return found
-
-    left, right = flat(a), flat(b)
-    same = left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-    return same and list(a.keys) == list(b.keys) and list(a.skipped) == list(b.skipped)
 
 
 # -------------------------------------------------------------------------------------------- order

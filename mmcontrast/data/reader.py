@@ -31,12 +31,18 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One decoded and transformed sample. `inputs` has the modalities that the sample has."""
+    """One decoded and transformed sample. `inputs` has the modalities that the sample has.
+
+    Attributes:
+        position: of the sample; in a stream of several sources, counted over all of them.
+        source: the source that it is of, where there are several.
+    """
 
     position: int
     key: str
     inputs: Mapping[str, Any]
     meta: Mapping[str, Any]
+    source: str = ""
 
 
 class Reader:
@@ -48,6 +54,8 @@ class Reader:
         transforms: Mapping[str, Transform],
         members: Mapping[str, tuple[str, ...]] | None = None,
         made: Collection[str] = (),
+        *,
+        lacking: bool = False,
     ) -> None:
         """Read the modalities that have a transform.
 
@@ -56,6 +64,7 @@ class Reader:
             transforms: modality -> transform; its `kind` says which decoder and which members.
             members: modality -> extensions that hold it, in order of preference; by default those of the kind.
             made: modalities that are not read from these shards; a `Compose` makes them.
+            lacking: modalities that no sample has are left out, unless `members` names them or there is no other.
 
         Raises:
             ConfigError: a modality that no sample has, or a kind that nothing decodes.
@@ -66,8 +75,11 @@ class Reader:
                 raise ConfigError(f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}")
         read = {m: t for m, t in transforms.items() if m not in made}
         self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in read.items()}
+        had = {m: e for m, e in self.members.items() if any(shards.counts.get(extension) for extension in e)}
+        if lacking and (had or made):
+            self.members = {m: e for m, e in self.members.items() if m in had or m in (members or {})}
         for modality, extensions in self.members.items():
-            if not any(shards.counts.get(e) for e in extensions):
+            if modality not in had:
                 # Few, by frequency: dots in the keys make every member an extension of its own.
                 have = sorted(shards.counts, key=lambda e: (-shards.counts[e], e))
                 more = f" and {len(have) - 8} more" if len(have) > 8 else ""
@@ -121,26 +133,31 @@ class Reader:
         inputs = {m: self.transforms[m](value) for m, value in raw.items()}
         return Example(position, self.shards.name(position)[1], inputs, meta)
 
-    def collate(
-        self,
-        examples: Sequence[Example],
-        groups: Sequence[str] = (),
-        skipped: Sequence[tuple[str, str, str]] = (),
-    ) -> Batch:
-        """Examples -> Batch; `groups` names the metadata fields that become group labels.
+    def collate(self, examples: Sequence[Example], skipped: Sequence[tuple[str, str, str]] = ()) -> Batch:
+        """Examples -> Batch."""
+        return collate(self.transforms, examples, skipped=skipped)
 
-        A sample without the field is a group of its own.
-        """
-        inputs: dict[str, Any] = {}
-        rows: dict[str, torch.Tensor] = {}
-        for modality, transform in self.transforms.items():
-            having = [i for i, e in enumerate(examples) if modality in e.inputs]
-            rows[modality] = torch.tensor(having, dtype=torch.int64)
-            if having:
-                inputs[modality] = transform.collate([examples[i].inputs[modality] for i in having])
-        labels = {name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups}
-        ids = torch.tensor([e.position for e in examples], dtype=torch.int64)
-        return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped)
+
+def collate(
+    transforms: Mapping[str, Transform],
+    examples: Sequence[Example],
+    groups: Sequence[str] = (),
+    skipped: Sequence[tuple[str, str, str]] = (),
+) -> Batch:
+    """Examples -> Batch; `groups` names the metadata fields that become group labels.
+
+    A sample without the field is a group of its own.
+    """
+    inputs: dict[str, Any] = {}
+    rows: dict[str, torch.Tensor] = {}
+    for modality, transform in transforms.items():
+        having = [i for i, e in enumerate(examples) if modality in e.inputs]
+        rows[modality] = torch.tensor(having, dtype=torch.int64)
+        if having:
+            inputs[modality] = transform.collate([examples[i].inputs[modality] for i in having])
+    labels = {name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups}
+    ids = torch.tensor([e.position for e in examples], dtype=torch.int64)
+    return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped, [e.source for e in examples])
 
 
 def _label(name: str, example: Example) -> int:

@@ -1,4 +1,7 @@
-"""The stream: shards -> the batches of one rank, in an order that depends on seed and step alone."""
+"""The stream: shards -> the batches of one rank, in an order that depends on seed and step alone.
+
+Letters: K sources, n rows per rank.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +11,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError, Configurable, RunError, suggest
-from mmcontrast.data.compose import Compose
-from mmcontrast.data.order import Order
-from mmcontrast.data.reader import Example, Reader, Transform
+from mmcontrast.data.reader import Example, Transform, collate
+from mmcontrast.data.schedule import Schedule
+from mmcontrast.data.source import Source
 from mmcontrast.randomness import fold_seed
-from mmcontrast.shards import BadSample, open_shards
-
-_MAX_REPLACEMENTS = 100
 
 
-class Stream(Configurable):
-    """The endless stream of training batches of one rank.
+class Batches(Configurable):
+    """Base: the stream of training batches of one rank, from one or several sources.
 
     `batches(first_step, last_step)` may start anywhere: nothing before it is read. The samples of a step are
     the same for every number of ranks and workers, and so is each sample's augmentation.
+
+    Attributes:
+        sources: in the order of their names' settings.
+        schedule: whose turn it is.
     """
 
     @dataclass(kw_only=True)
     class Config(Configurable.Config):
-        """Which shards to read, and how."""
+        """How batches are read."""
 
-        shards: tuple[str, ...]
-        """Folders, globs or ranges such as data/{00000..00099}.tar."""
-        members: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-        """Modality -> member extensions that hold it, where they are not the usual ones."""
         groups: tuple[str, ...] = ()
         """Metadata fields that become group labels, for objectives that know several positives."""
-        compose: Compose.Config = field(default_factory=Compose.Config)
-        """How an example is made of samples; by default it is one sample as it is."""
-        window: int = 16384
-        """Samples among which the shuffle draws; also its memory, 8 bytes each."""
         lanes: int = 1
         """Places of the data read at once; a multiple of the number of ranks reads each shard on one rank."""
         workers: int = 2
@@ -50,6 +46,196 @@ class Stream(Configurable):
         """Seconds to wait for a worker before the run stops."""
         max_bad_fraction: float = 0.01
         """Damaged samples are replaced up to this share of all; beyond, the run stops."""
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Mapping[str, Source.Config],
+        weights: Mapping[str, float] | None,
+        epochs: Mapping[str, float],
+        transforms: Mapping[str, Transform],
+        *,
+        pure: bool = False,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        if config.workers < 0 or config.timeout < 0:
+            raise ConfigError(f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more")
+        if global_batch < 1:
+            raise ConfigError(f"the global batch is {global_batch}; it must be at least 1")
+        if global_batch % world:
+            raise ConfigError(f"the global batch ({global_batch}) must be a multiple of the ranks ({world})")
+        if config.lanes < 1 or global_batch % config.lanes:
+            raise ConfigError(f"lanes ({config.lanes}) must divide the global batch ({global_batch})")
+        self.config, self.transforms, self.pure = config, transforms, pure
+        self.seed, self.global_batch, self.rank = seed, global_batch, rank
+        self.lane_batch = global_batch // config.lanes
+        self.sources: list[Source] = []
+        for name, settings in sources.items():
+            self.sources.append(
+                Source(  # not build(): the settings of the only source are a stream's
+                    settings,
+                    transforms,
+                    name=name,
+                    seed=fold_seed(seed, "source", name) if name else seed,
+                    lanes=config.lanes,
+                    lane_batch=self.lane_batch,
+                    first_id=sum(len(s) for s in self.sources),
+                )
+            )
+        if rank == 0:
+            for shard, left_out in (item for source in self.sources for item in source.shards.damage.items()):
+                key, reason = left_out[0]
+                print(f"{shard}: left out {len(left_out)} samples, the first {key!r}: {reason}", file=sys.stderr)
+        for modality in transforms:
+            if not any(modality in source.modalities for source in self.sources):
+                raise ConfigError(
+                    f"no source has the modality {modality!r}; they have "
+                    + "; ".join(f"{s.name}: {', '.join(s.modalities)}" for s in self.sources)
+                )
+        # A turn is one example of each lane, or with pure batches a step.
+        self._per_turn = self.lane_batch if pure else 1
+        self.schedule = Schedule(
+            [(weights or {}).get(s.name, s.order.per_epoch) for s in self.sources],
+            [
+                int(epochs[s.name] * s.order.lane_length) // self._per_turn if s.name in epochs else None
+                for s in self.sources
+            ],
+        )
+        n = global_batch // world
+        self._slots = range(rank * n, (rank + 1) * n)
+        self._reading = torch.full([max(config.workers, 1)], -1, dtype=torch.int64)  # id of what each worker reads
+
+    # ------------------------------------------------------------------------------------------ what a step sees
+
+    def place(self, step: int, slot: int) -> tuple[int, int, int]:
+        """(source, lane, turn) of a slot of the global batch; the turn counts the lane's examples of this source."""
+        lane, place = divmod(slot, self.lane_batch)
+        if self.pure:
+            source, before = self.schedule.at(step)
+            return source, lane, before * self.lane_batch + place
+        source, before = self.schedule.at(step * self.lane_batch + place)
+        return source, lane, before
+
+    def seen(self, step: int) -> dict[str, int]:
+        """Source -> examples of it before a step, of all ranks."""
+        turns = self.schedule.counts(step * self.lane_batch // self._per_turn)
+        return {s.name: t * self._per_turn * self.config.lanes for s, t in zip(self.sources, turns, strict=True)}
+
+    @property
+    def steps(self) -> int | None:
+        """Steps until all sources are used up; None where they may repeat without end."""
+        return None if self.schedule.turns is None else self.schedule.turns * self._per_turn // self.lane_batch
+
+    @property
+    def per_epoch(self) -> int:
+        """Samples of all sources."""
+        return sum(s.order.per_epoch for s in self.sources)
+
+    def describe(self, steps: int) -> list[str]:
+        """One line for each source: its size, and what a run of so many steps sees of it."""
+        seen = self.seen(steps)
+        return [
+            f"{s.name or 'data'}: {s.order.per_epoch} samples in {len(s.shards.shards)} shards "
+            f"({', '.join(s.modalities)}); {steps} steps see it {seen[s.name] / s.order.per_epoch:.2f} times"
+            for s in self.sources
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What must not change between the runs that share a checkpoint; the position is the step itself."""
+        own = {"seed": self.seed, "global_batch": self.global_batch, "lanes": self.config.lanes}
+        return own | {key: value for source in self.sources for key, value in source.state().items()}
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+        """The batches of steps first_step .. last_step - 1 for this rank.
+
+        Raises:
+            ConfigError: the sources are used up before, or hold nothing but damage.
+            RunError: a worker died or hung.
+        """
+        if self.steps is not None and last_step > self.steps:
+            raise ConfigError(
+                f"the sources last for {self.steps} steps, the run has {last_step}; "
+                "train for fewer, or let a source repeat more often (data.epochs)"
+            )
+        workers = self.config.workers
+        self._reading.fill_(-1).share_memory_()
+        loader: DataLoader[Batch | ConfigError] = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=range(first_step, last_step),
+            num_workers=workers,
+            timeout=self.config.timeout if workers else 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # or else it would draw from the global one
+        )
+        return self._raising(iter(loader), first_step)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's batch of one step."""
+        examples: list[Example] = []
+        skipped: list[tuple[str, str, str]] = []
+        info = get_worker_info()
+        at = 0 if info is None else info.id
+
+        def watch(identity: int) -> None:
+            self._reading[at] = identity
+
+        before = torch.get_rng_state()
+        try:
+            for slot in self._slots:
+                source, lane, turn = self.place(step, slot)
+                examples.append(
+                    self.sources[source].example(lane, turn, skipped, meta=bool(self.config.groups), watch=watch)
+                )
+        finally:
+            torch.set_rng_state(before)
+        return collate(self.transforms, examples, self.config.groups, skipped)
+
+    def _raising(self, found: Iterator[Batch | ConfigError], first_step: int) -> Iterator[Batch]:
+        step = first_step
+        try:
+            while True:
+                try:
+                    batch = next(found)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    batch = self._failure(error, step, (step - first_step) % max(self.config.workers, 1))
+                if isinstance(batch, Exception):  # raised here, where the loader is not in the error's context
+                    raise batch
+                yield batch
+                step += 1
+        finally:
+            # Now, so that the loader stops its workers in order. Left to the garbage collector together with the
+            # exception, it can no longer reach them and waits five seconds for each.
+            del found
+
+    def _failure(self, error: RuntimeError, step: int, worker: int) -> RunError:
+        """A worker that died or hung, and what it had in hand."""
+        at = int(self._reading[worker])
+        where = ""
+        if at >= 0:
+            source = next(s for s in reversed(self.sources) if s.first_id <= at)
+            shard, place = source.shards.locate(at - source.first_id)
+            where = f", at sample {place} of {source.shards.shards[shard].path}"
+        return RunError(
+            f"rank {self.rank}, worker {worker}: reading step {step} failed{where}: {error}; a worker that was killed "
+            "mostly had no memory left: lower data.workers. One that hung: raise data.timeout, or see that the shards' "
+            "disk answers"
+        )
+
+
+class Stream(Batches):
+    """The endless stream of training batches of one rank, from one source."""
+
+    @dataclass(kw_only=True)
+    class Config(Source.Config, Batches.Config):
+        """Which shards to read, and how."""
 
     def __init__(
         self,
@@ -66,91 +252,82 @@ class Stream(Configurable):
         Raises:
             ConfigError: shards, modalities, lanes or batch that do not fit together.
         """
-        if config.workers < 0 or config.timeout < 0:
-            raise ConfigError(f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more")
-        if global_batch % world:
-            raise ConfigError(f"the global batch ({global_batch}) must be a multiple of the ranks ({world})")
-        for modality in config.members:
-            if modality not in transforms:
-                raise ConfigError(f"data.members names {modality!r}{suggest(modality, transforms.keys())}")
-        self.config, self.seed = config, seed
-        self.shards = open_shards(config.shards)
-        if rank == 0:
-            for shard, left_out in self.shards.damage.items():
-                key, reason = left_out[0]
-                print(f"{shard}: left out {len(left_out)} samples, the first {key!r}: {reason}", file=sys.stderr)
-        self.reader = Reader(self.shards, transforms, config.members, config.compose.made())
-        self.compose: Compose = config.compose.build(self.reader)
-        self.order = Order(
-            self.compose.counts(),
+        super().__init__(
+            config, {"": config}, None, {}, transforms, seed=seed, global_batch=global_batch, rank=rank, world=world
+        )
+
+
+class Mixture(Batches):
+    """The stream of training batches of one rank, from several sources.
+
+    Each lane takes its turns from the sources in proportion to their weights, spread as evenly as can be; so every
+    rank and every batch has the same mixture, to within one example per lane and source. A source may lack
+    modalities that others have.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(Batches.Config):
+        """Which sources, and how much of each."""
+
+        sources: dict[str, Source.Config]
+        """Name -> source."""
+        weights: dict[str, float] = field(default_factory=dict[str, float])
+        """Source -> its share of the examples, relative to the others; by default its number of samples."""
+        epochs: dict[str, float] = field(default_factory=dict[str, float])
+        """Source -> how often it may be seen in all. Then the others share its turns; by default without end."""
+        pure: bool = False
+        """Take all of a batch from one source, so that no negative is told by where it comes from."""
+
+    def __init__(
+        self,
+        config: Config,
+        transforms: Mapping[str, Transform],
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Open the shards of all sources.
+
+        Raises:
+            ConfigError: shards, modalities, weights, lanes or batch that do not fit together.
+        """
+        names = config.sources
+        if not names or any(not name.isidentifier() for name in names):
+            raise ConfigError(f"data.sources {list(names)}: name at least one, by identifiers such as web")
+        for field_name, given in (("weights", config.weights), ("epochs", config.epochs)):
+            for name, value in given.items():
+                if name not in names:
+                    raise ConfigError(f"data.{field_name} names {name!r}{suggest(name, names)}")
+                if not 0 < value < float("inf"):
+                    raise ConfigError(f"data.{field_name}: {value} for {name!r} must be above 0 and finite")
+        if config.weights and (missing := names.keys() - config.weights.keys()):
+            raise ConfigError(f"data.weights has none for {min(missing)!r}; give one for every source, or none at all")
+        super().__init__(
+            config,
+            names,
+            config.weights or None,
+            config.epochs,
+            transforms,
+            pure=config.pure,
             seed=seed,
             global_batch=global_batch,
-            window=config.window,
-            lanes=config.lanes,
+            rank=rank,
+            world=world,
         )
-        n = global_batch // world
-        self._slots = range(rank * n, (rank + 1) * n)
 
     def state(self) -> dict[str, Any]:
-        """What must not change between the runs that share a checkpoint; the position is the step itself."""
-        return {
-            "data": self.shards.fingerprint,
-            "seed": self.seed,
-            "global_batch": self.order.lane_batch * self.order.lanes,
-            "window": self.order.window,
-            "lanes": self.order.lanes,
-        } | self.compose.state()
-
-    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
-        """The batches of steps first_step .. last_step - 1 for this rank."""
-        workers = self.config.workers
-        loader: DataLoader[Batch | ConfigError] = DataLoader(
-            _Steps(self),
-            batch_size=None,
-            sampler=range(first_step, last_step),
-            num_workers=workers,
-            timeout=self.config.timeout if workers else 0,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # or else it would draw from the global one
-        )
-        return _raising(iter(loader), first_step)
-
-    def batch(self, step: int) -> Batch:
-        """This rank's batch of one step."""
-        examples: list[Example] = []
-        skipped: list[tuple[str, str, str]] = []
-        before = torch.get_rng_state()
-        try:
-            for slot in self._slots:
-                lane, turn = self.order.place(step, slot)
-                examples.append(self._example(lane, turn, skipped))
-        finally:
-            torch.set_rng_state(before)
-        return self.reader.collate(examples, self.config.groups, skipped)
-
-    def _example(self, lane: int, turn: int, skipped: list[tuple[str, str, str]]) -> Example:
-        """The sample at a turn, or the next good one from half an epoch away (which is not in this batch)."""
-        seed = fold_seed(self.seed, "augment", lane, turn)
-        for attempt in range(_MAX_REPLACEMENTS):
-            away = self.order.lane_length // 2 + attempt if attempt else 0
-            position = self.compose.anchor(self.order.at(lane, turn + away))
-            try:
-                torch.default_generator.manual_seed(seed)
-                # Another draw each time: the same one would meet the same damaged companion.
-                return self.compose.example(position, fold_seed(seed, attempt), meta=bool(self.config.groups))
-            except BadSample as error:
-                skipped.append((*self.shards.name(position), str(error)))
-        shard, key, reason = skipped[-1]
-        raise ConfigError(
-            f"{_MAX_REPLACEMENTS} damaged samples in a row, the last {key!r} in {shard}: {reason}; "
-            "check the shards before training on them"
-        )
+        """What must not change between the runs that share a checkpoint, the mixture included."""
+        assert isinstance(self.config, Mixture.Config)
+        own = {name: getattr(self.config, name) for name in ("weights", "epochs", "pure")}
+        return super().state() | own
 
 
 class _Steps(Dataset["Batch | ConfigError"]):
     """Step -> batch, for DataLoader: workers take whole steps in turn, and the loader keeps their order."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Batches) -> None:
         self._batch: Callable[[int], Batch] = stream.batch
 
     def __getitem__(self, step: int) -> Batch | ConfigError:
@@ -158,25 +335,3 @@ class _Steps(Dataset["Batch | ConfigError"]):
             return self._batch(step)
         except ConfigError as error:
             return error  # raised in a worker, it would reach the user inside that worker's traceback
-
-
-def _raising(found: Iterator[Batch | ConfigError], step: int) -> Iterator[Batch]:
-    try:
-        while True:
-            try:
-                batch = next(found)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                batch = RunError(
-                    f"reading step {step} failed: {error}; a worker that was killed mostly had no memory left: "
-                    "lower data.workers. One that hung: raise data.timeout, or see that the shards' disk answers"
-                )
-            if isinstance(batch, Exception):  # raised here, where the loader is not in the error's context
-                raise batch
-            yield batch
-            step += 1
-    finally:
-        # Now, so that the loader stops its workers in order. Left to the garbage collector together with the
-        # exception, it can no longer reach them and waits five seconds for each.
-        del found
