@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 
+from mmcontrast.arguments import take_trust, write_json
+from mmcontrast.check.cli import check_grads, check_shards, grads_usage, shards_usage
 from mmcontrast.config import ConfigError, RunError
 
 Positional = tyro.conf.Positional
@@ -150,16 +151,17 @@ def prep_prompts(
     prepare(out, languages=languages, root=root, fetch=fetch, val=val, test=test, overwrite=overwrite)
 
 
-def prep_index(folder: Positional[Path], overwrite: bool = False) -> None:
+def prep_index(shards: Positional[str], out: Path | None = None, overwrite: bool = False) -> None:
     """Index and manifest for shards that others wrote, such as img2dataset.
 
     Args:
-        folder: where the .tar files are.
+        shards: the folder with the .tar files; or the address of one, of a glob or a range (http, s3, gs, hf …).
+        out: for remote shards: the folder that gets their index and manifest, to be opened instead of them.
         overwrite: write the manifest again.
     """
     from mmcontrast.data_prep.index import prepare
 
-    prepare(folder, overwrite=overwrite)
+    prepare(shards, out=out, overwrite=overwrite)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -170,7 +172,7 @@ def train(arguments: Sequence[str]) -> None:
         tyro.cli(_train_usage, prog="mmcontrast train", args=["--help"])
     if arguments[0].startswith("-"):
         raise ConfigError(f"the recipe comes first: mmcontrast train RECIPE {arguments[0]} …")
-    name, trust, rest = arguments[0], *_take_trust(arguments[1:])
+    name, trust, rest = arguments[0], *take_trust(arguments[1:])
     recipe = load_recipe(name, trust)
     config = tyro.cli(type(recipe), default=recipe, prog=f"mmcontrast train {name}", args=rest, description="")
     trainer = config.build()
@@ -190,82 +192,6 @@ def _train_usage(recipe: Positional[str]) -> None:
         recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json. With `--trust MODULE`
             (or a .py file) a config.json may name classes of that module.
     """
-
-
-def check_grads(arguments: Sequence[str]) -> None:
-    """`check grads RECIPE [--overrides]`: the recipe's own settings are flags beside the check's."""
-    from mmcontrast.recipe import load_recipe
-
-    trust, words = _take_trust(arguments)
-    asked, rest = tyro.cli(_grads_usage, prog="mmcontrast check grads", args=words, return_unknown_args=True)
-    recipe = load_recipe(asked["recipe"], trust)
-    prog = f"mmcontrast check grads {asked['recipe']}"
-    config = tyro.cli(type(recipe), default=recipe, prog=prog, args=rest, description="")
-
-    from mmcontrast.check.grads import check_grads as check
-
-    proof = check(
-        config,
-        rows=asked["rows"],
-        ranks=asked["ranks"],
-        tolerance=asked["tolerance"],
-        timeout=asked["timeout"],
-        say=lambda text: print(f"check grads: {text}", file=sys.stderr, flush=True),
-    )
-    print(f"{asked['recipe']}: {proof.as_text()}")
-    _write_json(asked["json_file"], {"recipe": asked["recipe"], **proof.as_json()})
-    if not proof.passed:
-        raise SystemExit(1)
-
-
-def _grads_usage(
-    recipe: Positional[str],
-    rows: int = 32,
-    ranks: tuple[int, ...] = (2, 4),
-    tolerance: float = 1e-9,
-    timeout: float = 600.0,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-) -> dict[str, Any]:
-    """Prove that a recipe's gradient is the same whatever the micro-batch, the block and the number of processes.
-
-    On real samples of the recipe, in float64, on the CPU: the trainer's own step in one process and on several is
-    compared with plain autograd of the full batch, as the samples are and with modalities dropped at random. Layers
-    that mix samples, randomness that cannot be replayed and objectives that do not add up are named. Exit code 0 if it
-    is proved, 1 if not.
-
-    The recipe's settings are flags as well, as in `train`: mmcontrast check grads emoji --data.shards FOLDER
-
-    Args:
-        recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json; `--trust` as in `train`.
-        rows: samples to draw, a multiple of 8.
-        ranks: numbers of processes to try beside one; none leaves them out.
-        tolerance: largest relative error that passes.
-        timeout: seconds that several processes may take.
-        json_file: also write what was found here.
-    """
-    return {
-        "recipe": recipe,
-        "rows": rows,
-        "ranks": ranks,
-        "tolerance": tolerance,
-        "timeout": timeout,
-        "json_file": json_file,
-    }
-
-
-def _take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `--trust MODULE` (any number) from the recipe's own flags."""
-    trust: list[str] = []
-    rest: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument == "--trust":
-            trust.append(next(waiting, ""))
-        elif argument.startswith("--trust="):
-            trust.append(argument.partition("=")[2])
-        else:
-            rest.append(argument)
-    return trust, rest
 
 
 def evaluate(
@@ -305,7 +231,7 @@ def evaluate(
             model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust
         )
     print(as_table(results))
-    _write_json(json_file, results)
+    write_json(json_file, results)
 
 
 def caption(
@@ -359,7 +285,7 @@ def caption(
         raise ConfigError(str(error)) from None
     for file, text in zip(files, texts, strict=True):
         print(f"{file}\t{text}")
-    _write_json(json_file, [{"file": file, "caption": text} for file, text in zip(files, texts, strict=True)])
+    write_json(json_file, [{"file": file, "caption": text} for file, text in zip(files, texts, strict=True)])
 
 
 def index_build(
@@ -398,7 +324,7 @@ def index_build(
         f"{out}: {found['count']} vectors of {found['modality']}, {found['type']}; recall@10 against exact search "
         f"{quality['recall_at_10']:.3f} on {quality['queries']:.0f} queries"
     )
-    _write_json(json_file, found)
+    write_json(json_file, found)
 
 
 def index_search(
@@ -438,16 +364,10 @@ def index_search(
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(search_page(opened, queries, answers), "utf-8")
         print(f"wrote {html}", file=sys.stderr)
-    _write_json(
+    write_json(
         json_file,
         [{"query": q, "hits": [asdict(h) for h in hits]} for q, hits in zip(queries, answers, strict=True)],
     )
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
 def _prep() -> None:
@@ -459,7 +379,7 @@ def _index() -> None:
 
 
 def _check() -> None:
-    """Prove something about a recipe before it trains: grads."""
+    """Look before a run is paid for: grads proves a recipe, shards looks through its data."""
 
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
@@ -471,7 +391,10 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "table": prep_table,
         "index": prep_index,
     },
-    "check": {"grads": cast(Callable[..., None], _grads_usage)},
+    "check": {
+        "grads": cast(Callable[..., None], grads_usage),
+        "shards": cast(Callable[..., None], shards_usage),
+    },
     "index": {"build": index_build, "search": index_search},
 }
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -493,6 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(words[1:])
         elif words[:2] == ["check", "grads"] and words[2:]:
             check_grads(words[2:])
+        elif words[:2] == ["check", "shards"] and words[2:]:
+            check_shards(words[2:])
         elif words and words[0] in GROUPS:
             commands = GROUPS[words[0]]
             tyro.extras.subcommand_cli_from_dict(

@@ -14,7 +14,7 @@ LOW = {"config", "batch", "shards", "decode", "randomness", "tar"}
 MAY = {
     "config": set[str](),
     "randomness": set[str](),
-    "tar": set[str](),
+    "tar": {"config"},
     "batch": {"config"},
     "remote": {"config"},
     "shard_cache": {"config", "remote"},
@@ -35,7 +35,11 @@ MAY = {
     "checkpoint": {"config", "batch", "shards", "encoders"},
     "trainer": LOW | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"},
     "recipe": {"config", "checkpoint", "trainer"},
-    "check": LOW | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "check"},
+    "arguments": set[str](),
+    "page": set[str](),
+    "check": LOW
+    | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
+    | {"arguments", "page", "check"},
     "eval": LOW | {"encoders", "data", "checkpoint", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "data_prep"},
     "quickstart": {"config"},
