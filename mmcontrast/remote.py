@@ -117,7 +117,11 @@ def checked(url: str) -> Address:
     address = Address(url)
     if "::" in url or not (address.web or address.scheme in STORES):
         raise ConfigError(f"{str(address)!r} cannot be read; known are http, https, {', '.join(STORES)}")
-    if address.web and "@" in urlsplit(url).netloc:
+    try:
+        host = urlsplit(url).netloc
+    except ValueError as error:
+        raise ConfigError(f"{str(address)!r} is no address: {error}") from None
+    if address.web and "@" in host:
         place = str(address).rpartition("@")[2]
         raise ConfigError(f"the address of {place} holds a password; use a store's own credentials or a signed address")
     return address
@@ -145,10 +149,12 @@ def open_body(address: Address, patience: Patience, start: int = 0, version: str
     if start and version is None:
         start = 0  # nothing would tell that the file changed: what came before might be of another one
     body = (_web_body if address.web else _store_body)(address, patience, start, version)
-    if body.start not in (0, start) or (body.start and body.version != version):
-        body.close()
-        return open_body(address, patience)
-    return body
+    if body.start in (0, start) and (not body.start or body.version == version):
+        return body
+    body.close()
+    if not start:
+        raise Again(f"the server sends the file from {body.start} on, which nobody asked for")
+    return open_body(address, patience)
 
 
 def patiently(address: Address, patience: Patience, attempt: Callable[[], T]) -> T:
@@ -228,8 +234,9 @@ def _web_body(address: Address, patience: Patience, start: int, version: str | N
     headers = {"User-Agent": "mmcontrast", "Accept-Encoding": "identity"}
     if start and version is not None:
         headers |= {"Range": f"bytes={start}-", "If-Range": version}
+    url = quote(address.url, safe="%/:?#[]@!$&'()*+,;=~")  # as it is, but for spaces and letters beyond ASCII
     try:
-        answer = _opener().open(urllib.request.Request(address.url, headers=headers), timeout=patience.timeout)
+        answer = _opener().open(urllib.request.Request(url, headers=headers), timeout=patience.timeout)
     except urllib.error.HTTPError as error:
         with error:
             said = f"HTTP {error.code} {error.reason}"
@@ -280,7 +287,7 @@ def _opener() -> Any:
         def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
             allowed = ("https",) if req.type == "https" else ("http", "https")
             if urlsplit(newurl).scheme not in allowed:
-                raise HTTPError(req.full_url, code, f"to {newurl:.200}, which is not followed", headers, fp)
+                raise HTTPError(req.full_url, code, f"to {Address(newurl)}, which is not followed", headers, fp)
             return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     opener = request.OpenerDirector()

@@ -9,16 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
-import shutil
 import struct
 import tarfile
-import tempfile
-import tracemalloc
 import warnings
-import wave
-import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -31,84 +24,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmcontrast import decode
 from mmcontrast.config import ConfigError
 from mmcontrast.decode import DECODERS, Sound, metadata
 from mmcontrast.manifest import MANIFEST
 from mmcontrast.shard_writer import Sample, ShardWriter
-from mmcontrast.shards import BadSample, ShardSet, index_path, open_shards
-from mmcontrast.tar import ShardIndex, scan, split_name, walk
+from mmcontrast.shards import BadSample, open_shards
+from mmcontrast.tar import split_name
+from tests.tars import BLOCK, add, content, header, mostly, opened, owners, plain, read_everything, wav, whole_members
 
-BLOCK = 512
 settings.register_profile(
     "quick", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("quick")
-
-
-def content(key: str, extension: str, size: int) -> bytes:
-    return (f"<{key}/{extension}>".encode() * size)[:size]
-
-
-def owners(data: bytes) -> Counter[tuple[str, str]]:
-    """Whose content it is, by every place that names a sample."""
-    found = re.findall(rb"<(\d{6})/(jpg|txt)>", data)
-    return Counter((key.decode(), extension.decode()) for key, extension in found)
-
-
-def mostly(data: bytes) -> tuple[str, str] | None:
-    """The sample that it names most often, which single flipped bits do not change."""
-    found = owners(data).most_common(1)
-    return found[0][0] if found else None
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes, **facts: Any) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for fact, value in facts.items():
-        setattr(info, fact, value)
-    tar.addfile(info, io.BytesIO(data))
-
-
-@cache
-def plain() -> bytes:
-    """Twelve samples of several sizes, of which some lack a picture or a caption."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for i in range(12):
-            for extension in ("jpg", "txt") if i % 3 else (("jpg",) if i % 2 else ("txt",)):
-                add(tar, f"{i:06d}.{extension}", content(f"{i:06d}", extension, 200 + 170 * i))
-    return buffer.getvalue()
-
-
-def read_everything(shards: ShardSet) -> dict[tuple[str, str], bytes]:
-    """(key, extension) -> content, of what can be read."""
-    found: dict[tuple[str, str], bytes] = {}
-    for position in range(len(shards)):
-        for extension in shards.extensions(position):
-            try:
-                found[shards.name(position)[1], extension] = shards.read(position, extension)
-            except BadSample as error:
-                assert str(error), "a reason that says nothing"
-        try:
-            shards.read(position, "none")
-            raise AssertionError("a member that is not there")
-        except KeyError:
-            pass
-    return found
-
-
-def opened(data: bytes) -> tuple[ShardIndex, dict[tuple[str, str], bytes]]:
-    """A tar's index and its readable members; none where it is refused."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.tar"
-        path.write_bytes(data)
-        index = scan(path)
-        try:
-            return index, read_everything(open_shards([str(path)]))
-        except ConfigError:
-            assert not index.keys
-            return index, {}
 
 
 # -------------------------------------------------------------------------------------------- broken tars
@@ -166,19 +93,6 @@ def changed(data: bytes, changes: list[tuple[str, int, int, int, bytes]]) -> lis
                 found[other:other] = found[at : at + length]
             case _:
                 found[at], found[other] = found[other], found[at]
-    return found
-
-
-@cache
-def whole_members() -> dict[tuple[str, str], tuple[range, bytes]]:
-    """(key, extension) -> the blocks of its header and body in the whole tar, and its content."""
-    found: dict[tuple[str, str], tuple[range, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(plain())) as tar:
-        for info in tar:
-            file = tar.extractfile(info)
-            assert file is not None
-            stop = -(-(info.offset_data + info.size) // BLOCK)
-            found[split_name(info.name)] = (range(info.offset // BLOCK, stop), file.read())
     return found
 
 
@@ -268,24 +182,6 @@ def test_a_broken_tar_never_passes_its_index(
 
 
 # -------------------------------------------------------------------------------------------- hostile tars
-
-
-def header(name: bytes, size: bytes, kind: bytes, link: bytes = b"", prefix: bytes = b"") -> bytes:
-    """A header with whatever fields, its checksum right."""
-    head = bytearray(BLOCK)
-    for place, value, width in (
-        (0, name, 100),
-        (100, b"0000644\0", 8),
-        (124, size, 12),
-        (156, kind, 1),
-        (157, link, 100),
-        (257, b"ustar\x0000", 8),
-        (345, prefix, 155),
-    ):
-        head[place : place + width] = value[:width].ljust(width, b"\0")
-    head[148:156] = b" " * 8
-    head[148:156] = f"{sum(head):06o}\0 ".encode()
-    return bytes(head)
 
 
 SIZES = st.one_of(
@@ -389,158 +285,7 @@ def test_a_broken_extended_header_never_breaks_a_reader(form: int) -> None:
     check()
 
 
-def test_a_lost_name_of_an_extended_header_is_a_break() -> None:
-    """The short name behind it is not the member's: `?` stands there for every letter that is not ASCII."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for key, extension in (("0é", "jpg"), ("0è", "jpg"), ("0è", "txt"), ("0ü", "txt"), ("1", "txt")):
-            add(tar, f"{key}.{extension}", f"{key}.{extension}".encode())
-    data = buffer.getvalue()
-    assert len(opened(data)[1]) == 5
-    for wrong in (b"XX path=", b"99 path=", b"12 path="):
-        broken = data.replace(b"16 path=0\xc3\xa8.jpg", wrong + b"0\xc3\xa8.jpg", 1)
-        assert broken != data
-        index, delivered = opened(broken)
-        assert set(delivered) == {("0ü", "txt"), ("1", "txt")}
-        assert [key for key, _ in index.damage] == ["0è", "0é"]  # as for any break: on both sides of it
-
-
-def test_pieces_of_a_sparse_file_are_no_content() -> None:
-    """As GNU tar --sparse writes them: a map of the pieces stands where the content should."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        add(tar, "000000.txt", b"caption")
-        facts = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "000001.npy"}
-        facts |= {"GNU.sparse.realsize": "1000000"}
-        add(tar, "GNUSparseFile.7/000001.npy", b"1\n999999\n1\n".ljust(BLOCK, b"\0") + b"x", pax_headers=facts)
-        add(tar, "000001.txt", b"another")
-    index, delivered = opened(buffer.getvalue())
-    assert delivered == {("000000", "txt"): b"caption", ("000001", "txt"): b"another"}
-    assert index.damage == [("GNUSparseFile.7/000001", "truncated")]
-
-
-class Counting(io.FileIO):
-    """A file that counts how often it is read."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.reads += 1
-        found = super().read(size)
-        assert found is not None
-        return found
-
-
-def test_a_file_of_holes_is_read_in_large_steps(tmp_path: Path) -> None:
-    """A terabyte of nothing takes no place on a disk; block by block it would take hours."""
-    path = tmp_path / "holes.tar"
-    path.write_bytes(plain())
-    size = 256 << 20
-    with open(path, "r+b") as file:
-        file.truncate(size)
-    with Counting(path) as counting:
-        assert sum(entry is not None for entry in walk(counting, size)) == 20
-        assert 256 < counting.reads < 400
-
-
-@pytest.mark.timeout(20)
-def test_many_small_records_take_no_time_that_grows_with_their_square() -> None:
-    payload = b"6 a=b\n" * 170_000
-    records = header(b"x", f"{len(payload):011o}\0".encode(), b"x") + payload.ljust(
-        -(-len(payload) // 512) * 512, b"\0"
-    )
-    assert len(opened(records + plain())[1]) == 20
-
-
-def test_keys_with_dots_do_not_take_the_square_of_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcontrast.tar._MAX_ENTRIES", 10_000)
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as tar:
-        for i in range(1000):
-            add(tar, f"{i:04d}.x{i}.jpg", b"picture")
-            add(tar, f"{i:04d}.txt", b"caption")
-    index = scan(path)
-    assert len(index.keys) == 1000 and "txt" in index.columns and len(index.columns) == 10
-    assert dict(index.damage)[""] == "991 extensions beyond the first 10; do the keys have dots?"
-    assert open_shards([str(path)]).read(999, "txt") == b"caption"
-
-
-# -------------------------------------------------------------------------------------------- claims of size
-
-
-def test_memory_is_taken_for_what_is_there_not_for_what_is_claimed(tmp_path: Path) -> None:
-    """255 MiB by header, by extended header, by long name and by index; an hour by the header of a WAV."""
-    claimed = 255 << 20
-    big = f"{claimed:011o}\0".encode()
-    tars = {
-        "header": header(b"000000.txt", big, b"0"),
-        "pax": (
-            header(b"x", b"00000000022\0", b"x")
-            + f"18 size={claimed}\n".encode().ljust(BLOCK, b"\0")
-            + header(b"000000.txt", b"00000000005\0", b"0")
-        ),
-        "long name": header(b"x", big, b"L"),
-    }
-    folder = tmp_path / "indexed"
-    with ShardWriter(folder) as writer:
-        writer.write(Sample("000000", {"txt": "caption"}))
-    index = json.loads(index_path(folder / "00000.tar").read_text("utf-8"))
-    index["members"]["txt"]["size"] = [claimed]
-    index_path(folder / "00000.tar").write_text(json.dumps(index))
-    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    del manifest["shards"][0]["index"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-    sound = wav(frames=10, claims=3600 * 48_000)
-    decode.audio(wav(frames=10))  # the library is loaded now
-    tracemalloc.start()
-    try:
-        for data in tars.values():
-            assert opened(data + b"body\n".ljust(BLOCK, b"\0") + bytes(1024))[1] == {}
-        with pytest.raises(BadSample, match="truncated"):
-            open_shards([str(folder)]).read(0, "txt")
-        with pytest.raises(BadSample):
-            decode.audio(sound).read(0, 1000)
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()
-
-
-def test_gzip_is_never_inflated(tmp_path: Path) -> None:
-    """What others chain into a decoder is here a member of a format that nothing reads."""
-    bomb = zlib.compress(bytes(50 << 20), 9, 31)
-    assert len(bomb) < 60_000
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add(tar, "0.txt.gz", bomb)
-        add(tar, "0.jpg", b"picture")
-        add(tar, "1.txt", bomb)
-        add(tar, "2.json", bomb)
-    shards = open_shards([str(tmp_path)])
-    assert shards.extensions(0) == ["jpg", "txt.gz"] and shards.counts["txt"] == 1
-    for position, extension in ((1, "txt"), (2, "json")):
-        tracemalloc.start()
-        with pytest.raises(BadSample, match="not UTF-8|cannot be decoded"):
-            (decode.text if extension == "txt" else metadata)(shards.read(position, extension))
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-        tracemalloc.stop()
-
-
 # -------------------------------------------------------------------------------------------- decoders
-
-
-def wav(frames: int, claims: int | None = None, channels: int = 1) -> bytes:
-    """Sixteen bits, 16 kHz; `claims` lies in the header about the number of frames."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(16_000)
-        file.writeframes(np.arange(frames * channels, dtype=np.int16).tobytes())
-    data = bytearray(buffer.getvalue())
-    if claims is not None:
-        data[40:44] = struct.pack("<I", claims * 2 * channels)
-        data[4:8] = struct.pack("<I", claims * 2 * channels + 36)
-    return bytes(data)
 
 
 @cache
@@ -634,33 +379,6 @@ def test_any_bytes_are_refused_by_name(kind: str, data: bytes) -> None:
         b"\x89PNG\r\n\x1a\n",
     ):
         decoded(kind, start + data)
-
-
-def test_a_sound_whose_length_is_only_claimed_is_refused() -> None:
-    for claims, channels in ((3601 * 16_000, 1), (3600 * 16_000, 8)):
-        try:
-            sound = decode.audio(wav(10, claims=claims, channels=channels))
-        except BadSample as error:
-            assert "above" in str(error)
-        else:
-            assert sound.frames == 10  # libsndfile looks how long the file is
-
-
-def test_an_hour_of_silence_costs_what_its_crop_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.zeros(16_000 * 600, dtype=np.int16), 16_000, format="FLAC")
-    data = buffer.getvalue()
-    assert len(data) < 100_000
-    tracemalloc.start()
-    sound = decode.audio(data)
-    assert sound.frames == 9_600_000 and len(sound.read(16_000 * 300, 16_000)) == 16_000
-    assert tracemalloc.get_traced_memory()[1] < 2 << 20
-    tracemalloc.stop()
-    monkeypatch.setattr(decode, "_AUDIO_VALUES", 9_599_999)
-    with pytest.raises(BadSample, match="audio above"):
-        decode.audio(data)
 
 
 # -------------------------------------------------------------------------------------------- index and manifest
@@ -787,14 +505,3 @@ def test_every_changed_byte_of_an_index_is_seen(indexed: Path) -> None:
         with pytest.raises(ConfigError, match="not the one that the manifest describes"):
             open_shards([str(indexed)]).extensions(0)
     file.write_bytes(whole)
-
-
-def test_a_shard_that_goes_away_is_an_error_by_name(tmp_path: Path, indexed: Path) -> None:
-    shutil.copytree(indexed, tmp_path / "copy")
-    shards = open_shards([str(tmp_path / "copy")])
-    (tmp_path / "copy" / "00000.tar").unlink()
-    with pytest.raises(ConfigError, match="00000.tar cannot be opened: No such file"):
-        shards.read(0, "jpg")
-    (tmp_path / "a.tar").mkdir()
-    with pytest.raises(ConfigError, match="a.tar cannot be read: Is a directory"):
-        scan(tmp_path / "a.tar")

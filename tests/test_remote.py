@@ -249,6 +249,7 @@ def test_names_and_queries_go_through_an_address(tmp_path: Path, site: Site, cac
     shards = open_shards([f"{site.url}/data?token=secret"], cache=cache)
     assert everything(shards) == everything(open_shards([str(folder)]))
     assert shards.name(0)[0] == "a b#%é.tar" and all(a.path.endswith("?token=secret") for a in site.asked)
+    assert len(open_shards([f"{site.url}/data/a b%23%25é.tar?token=secret"], cache=cache)) == 4, "as a person types it"
     del site.files["/data/a%20b%23%25%C3%A9.tar"]
     shutil.rmtree(cache.folder)
     with pytest.raises(ConfigError, match="HTTP 404") as caught:
@@ -350,6 +351,29 @@ def test_failures_that_do_not_pass_are_told_at_once(tmp_path: Path, site: Site, 
     with pytest.raises(ConfigError, match=rf"{address}/00000.tar cannot be read: HTTP {code} .*address"):
         open_shards([address], cache=cache).read(0, "txt")
     assert len(site.of("00000.tar")) == 1
+
+
+def test_a_part_that_nobody_asked_for_is_no_answer(tmp_path: Path, site: Site, cache: Cache) -> None:
+    local = open_shards([str(written(tmp_path / "data", 4))])
+    address = site.put(tmp_path / "data")
+    path = "/data/00000.tar"
+
+    def wrong(handler: Any) -> bool:
+        handler.answer(206, site.files[path][512:], {"Content-Range": f"bytes 512-{len(site.files[path]) - 1}/99999"})
+        return True
+
+    site.faults[path] = [wrong]
+    assert everything(open_shards([address], cache=cache)) == everything(local)
+    shutil.rmtree(cache.folder)
+    site.faults[path] = [wrong] * 3
+    with pytest.raises(ConfigError, match="after 3 attempts: the server sends the file from 512 on"):
+        open_shards([address], cache=cache).read(0, "txt")
+
+
+@pytest.mark.parametrize("url", ["http://[::1/00000.tar", "http:///00000.tar", "http://127.0.0.1:port/00000.tar"])
+def test_what_is_no_address_is_told(cache: Cache, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"\.tar|manifest.json"):
+        open_shards([url], cache=cache)
 
 
 def test_nobody_there_is_told(tmp_path: Path, cache: Cache) -> None:
