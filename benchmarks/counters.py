@@ -43,6 +43,20 @@ def _high_water_kb() -> int:
     return int(found[1])
 
 
+def resident_mb() -> float:
+    """Resident memory of this process and its children; pages that they share count for each."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for process in ("self", *children):
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:  # it has ended
+            continue
+        found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+        total += int(found[1]) if found else 0  # one that has ended and is not yet waited for has none
+    return total * 1024 / 1e6
+
+
 def available_mb() -> float:
     """Memory that new processes can take without swapping."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)

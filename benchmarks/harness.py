@@ -105,8 +105,16 @@ def peak_here(arm: Callable[[int], Work], rows: int, threads: int) -> Peak:
     return Peak(peak_mb, time.perf_counter() - start)
 
 
-def in_processes(function: Callable[..., Any], *arguments: Any, ranks: int | None = None, timeout: float = 1800) -> Any:
+def in_processes(
+    function: Callable[..., Any],
+    *arguments: Any,
+    ranks: int | None = None,
+    timeout: float = 1800,
+    daemon: bool = True,
+) -> Any:
     """Results of `function(*arguments)` in fresh processes: in one, or on each of `ranks` of a gloo group.
+
+    Daemons end with this process whatever happens to it, but may have no worker processes of their own.
 
     Raises:
         RuntimeError: a process raised, died or did not answer within `timeout` seconds.
@@ -119,7 +127,7 @@ def in_processes(function: Callable[..., Any], *arguments: Any, ranks: int | Non
             for rank in range(ranks or 1):
                 ours, theirs = context.Pipe()
                 group = None if ranks is None else (f"file://{folder}/store", rank, ranks)
-                process = context.Process(target=_serve, args=(theirs, group, function, arguments), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, group, function, arguments), daemon=daemon)
                 process.start()
                 theirs.close()  # so that the death of the process ends our reading
                 pipes.append(ours)
@@ -228,14 +236,21 @@ class Goal:
     Attributes:
         ratio: the name in `Report.ratios`.
         what: in words, with the unit or the peer.
-        at_most: the goal; None where the row only informs.
+        at_most: the goal; None where the row only informs, or has the other one.
         floor: name of the ratio, or the number, below which nothing can go.
+        at_least: the goal where more is better.
     """
 
     ratio: str
     what: str
     at_most: float | None = None
     floor: str | float | None = None
+    at_least: float | None = None
+
+    def __str__(self) -> str:
+        if self.at_least is not None:
+            return f"≥ {_number(self.at_least)}"
+        return "" if self.at_most is None else f"≤ {_number(self.at_most)}"
 
 
 def table(goals: Sequence[Goal], report: Report) -> str:
@@ -246,8 +261,7 @@ def table(goals: Sequence[Goal], report: Report) -> str:
             floor = report.ratios.get(goal.floor) if isinstance(goal.floor, str) else goal.floor
             measured = _number(report.ratios[goal.ratio])
             lines.append(
-                f"| {goal.what} (`{goal.ratio}`) | {'' if goal.at_most is None else '≤ ' + _number(goal.at_most)} "
-                f"| {measured} | {'' if floor is None else _number(floor)} |"
+                f"| {goal.what} (`{goal.ratio}`) | {goal} | {measured} | {'' if floor is None else _number(floor)} |"
             )
     return "\n".join(lines)
 
