@@ -298,14 +298,13 @@ class Walk:
                 factors = rows[i : i + len(part)]
                 part.mul_(torch.add(factors, columns, out=work) if both else factors)
         else:
-            rows, peaks = of_rows(cotangents, "rows"), of_rows(totals, "rows")
+            rows, row_peaks = of_rows(cotangents, "rows"), of_rows(totals, "rows")
+            columns, column_peaks = (of_columns(x, "columns") if both else rows for x in (cotangents, totals))
             for i, part, work in self._slices(tile):
                 at = slice(i, i + len(part))
                 if both:
-                    torch.sub(part, of_columns(totals, "columns"), out=work).exp_().mul_(
-                        of_columns(cotangents, "columns")
-                    )
-                part.sub_(peaks[at]).exp_().mul_(rows[at])
+                    torch.sub(part, column_peaks, out=work).exp_().mul_(columns)
+                part.sub_(row_peaks[at]).exp_().mul_(rows[at])
                 if both:
                     part.add_(work)
         if "row_sums" in self.totals:

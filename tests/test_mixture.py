@@ -254,7 +254,12 @@ def test_captions_are_drawn_by_their_shares(tmp_path: Path) -> None:
     assert {compose.raw(1, draw)["text"] for _ in range(9)} == {"three"}
     assert "text" not in compose.raw(2, draw)
     assert made.state()["captions"] == config.choices
-    for choices, text in (({}, "at least one"), ({"tx": 1}, "did you mean 'txt'"), ({"json": 1}, "no field json:NAME")):
+    wrong: dict[str, dict[str, float]] = {
+        "at least one": {},
+        "did you mean 'txt'": {"tx": 1},
+        "no field json:NAME": {"json": 1},
+    }
+    for text, choices in wrong.items():
         with pytest.raises(ConfigError, match=text):
             Stream.Config(shards=(str(shards),), compose=Captions.Config(choices=choices)).build(
                 TRANSFORMS, seed=0, global_batch=1

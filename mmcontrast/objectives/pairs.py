@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.config import ConfigError
-from mmcontrast.objectives.base import Block, Totals
+from mmcontrast.objectives.base import Block, Objective, Totals
 from mmcontrast.objectives.scores import ScoreObjective, Scores, Statistic, Statistics, labels_of
 
 Pairs = tuple[tuple[str, str], ...]
@@ -61,6 +61,50 @@ def check_weights(objective: str, pairs: Pairs, weights: tuple[float, ...]) -> t
     return tuple(weight / sum(weights) for weight in weights)
 
 
+class ScaledPairs(Objective):
+    """Base of objectives over pairs of modalities whose scores have a learned scale.
+
+    Attributes:
+        pair_shares: pair -> its share of the loss.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(Objective.Config):
+        """Which pairs, and at which scale."""
+
+        pairs: Pairs = (("image", "text"),)
+        """Pairs of modalities to contrast."""
+        pair_weights: tuple[float, ...] = ()
+        """Relative weight of each pair; none makes them equal. The loss is the weighted mean."""
+        scale: float = 1 / 0.07
+        """Start of the logit scale, the inverse temperature."""
+        max_scale: float = 100.0
+        """The learned scale is kept within 1 and this."""
+        learn_scale: bool = True
+        """Learn the scale, or keep its start."""
+
+    def __init__(self, config: Config, scales: int = 1) -> None:
+        super().__init__(config)
+        name = type(self).__name__
+        self.modalities = self.candidates = check_pairs(name, config.pairs)
+        if not 1 <= config.scale <= config.max_scale:
+            raise ConfigError(f"{name} scale {config.scale} is outside 1..max_scale ({config.max_scale})")
+        shares = check_weights(name, config.pairs, config.pair_weights)
+        self.pair_shares = dict(zip(config.pairs, shares, strict=True))
+        self.max_scale = config.max_scale
+        # [1] at least, not a scalar: fully_shard refuses 0-d parameters.
+        self.log_scale = nn.Parameter(torch.full([scales], math.log(config.scale)), requires_grad=config.learn_scale)
+
+    def clamp(self) -> None:
+        """Keep the scale within 1..max_scale, as CLIP does."""
+        with torch.no_grad():
+            self.log_scale.clamp_(0.0, math.log(self.max_scale))
+
+    def metrics(self) -> Mapping[str, float]:
+        """The logit scale."""
+        return {"logit_scale": float(self.log_scale.detach().exp())}
+
+
 @dataclass(frozen=True)
 class View:
     """One score matrix: rows of x against candidates of y, its share of the loss, and which scale it has."""
@@ -71,43 +115,25 @@ class View:
     scale: int = 0
 
 
-class PairObjective(ScoreObjective):
-    """Base of objectives over pairs of modalities with a learned scale.
+class PairObjective(ScaledPairs, ScoreObjective):
+    """Base of objectives over pairs of modalities whose scores are looked at in tiles.
 
     For a pair (x, y) a row is an anchor if it has x, a candidate if it has y, and counts in the loss if it has both.
     So a row without text is still a negative image for the texts of others.
     """
 
     @dataclass(kw_only=True)
-    class Config(ScoreObjective.Config):
-        """Which pairs, and at which scale."""
+    class Config(ScaledPairs.Config, ScoreObjective.Config):
+        """Which pairs, at which scale. The second modality of each pair is gathered over ranks."""
 
-        pairs: Pairs = (("image", "text"),)
-        """Pairs of modalities to contrast; the second one of each pair is gathered over ranks."""
-        pair_weights: tuple[float, ...] = ()
-        """Relative weight of each pair; none makes them equal. The loss is the weighted mean."""
-        scale: float = 1 / 0.07
-        """Start of the logit scale, the inverse temperature."""
-        max_scale: float = 100.0
-        """The learned scale is kept within 1 and this."""
-        learn_scale: bool = True
-        """Learn the scale, or keep its start."""
         never_negative: tuple[str, ...] = ()
         """Groups (such as patient or caption) whose equal labels are never negatives of each other."""
 
     def __init__(self, config: Config, views: Mapping[str, View] | None = None) -> None:
-        super().__init__(config)
-        name = type(self).__name__
-        self.modalities = check_pairs(name, config.pairs)
-        if not 1 <= config.scale <= config.max_scale:
-            raise ConfigError(f"{name} scale {config.scale} is outside 1..max_scale ({config.max_scale})")
+        super().__init__(config, scales=1 + max((view.scale for view in (views or {}).values()), default=0))
         self.pair_config = config
-        shares = check_weights(name, config.pairs, config.pair_weights)
-        self.views = views or {f"{x},{y}": View(x, y, s) for (x, y), s in zip(config.pairs, shares, strict=True)}
+        self.views = views or {f"{x},{y}": View(x, y, share) for (x, y), share in self.pair_shares.items()}
         self.candidates = tuple(dict.fromkeys(view.y for view in self.views.values()))
-        scales = 1 + max(view.scale for view in self.views.values())
-        # [1] at least, not a scalar: fully_shard refuses 0-d parameters.
-        self.log_scale = nn.Parameter(torch.full([scales], math.log(config.scale)), requires_grad=config.learn_scale)
 
     def wants(self) -> frozenset[Statistic]:
         """What the objective needs to know of each matrix."""
@@ -141,11 +167,6 @@ class PairObjective(ScoreObjective):
             for name, view in self.views.items()
         ]
         return {"masked_negatives": torch.stack(masked).sum()}
-
-    def clamp(self) -> None:
-        """Keep the scale within 1..max_scale, as CLIP does."""
-        with torch.no_grad():
-            self.log_scale.clamp_(0.0, math.log(self.pair_config.max_scale))
 
     def metrics(self) -> Mapping[str, float]:
         """The logit scale; of several, each by the name of its matrix."""

@@ -8,22 +8,21 @@ Letters: B rows of a block, N rows of the global batch, D dimensions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.objectives.base import Block, Objective, Totals, log_odds_against, masked_logsumexp
-from mmcontrast.objectives.pairs import Pairs, check_pairs, check_weights
+from mmcontrast.objectives.base import Block, Totals, log_odds_against, masked_logsumexp
+from mmcontrast.objectives.pairs import ScaledPairs
 
 IDS = "id"
 
 
-class RowTargets(Objective):
+class RowTargets(ScaledPairs):
     """Base: cross-entropy of each row's softmax with a target distribution, over pairs of modalities.
 
     A row counts if it has both modalities of the pair; candidates are all rows that have the other one.
@@ -32,32 +31,14 @@ class RowTargets(Objective):
     linear = True
 
     @dataclass(kw_only=True)
-    class Config(Objective.Config):
+    class Config(ScaledPairs.Config):
         """Which pairs, and at which scale."""
-
-        pairs: Pairs = (("image", "text"),)
-        """Pairs of modalities to contrast."""
-        pair_weights: tuple[float, ...] = ()
-        """Relative weight of each pair; none makes them equal. The loss is the weighted mean."""
-        scale: float = 1 / 0.07
-        """Start of the logit scale, the inverse temperature."""
-        max_scale: float = 100.0
-        """The learned scale is kept within 1 and this."""
-        learn_scale: bool = True
-        """Learn the scale, or keep its start."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        name = type(self).__name__
-        self.modalities = self.candidates = check_pairs(name, config.pairs)
-        shares = check_weights(name, config.pairs, config.pair_weights)
-        if not 1 <= config.scale <= config.max_scale:
-            raise ConfigError(f"{name} scale {config.scale} is outside 1..max_scale ({config.max_scale})")
-        self.max_scale = config.max_scale
         self.shares: dict[tuple[str, str], float] = {}
-        for (x, y), share in zip(config.pairs, shares, strict=True):
+        for (x, y), share in self.pair_shares.items():
             self.shares |= {(x, y): share / 2, (y, x): share / 2}
-        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
 
     def targets(self, block: Block, x: str, y: str) -> tuple[Tensor, Tensor]:
         """Weights [B, N] >= 0 of what rows of x should match, and [B, N] bool of what is neither that nor a negative.
@@ -102,15 +83,6 @@ class RowTargets(Objective):
     def observe(self, totals: Totals, present: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """How many pairs of rows were neither positives nor negatives, both directions counted."""
         return {"masked_negatives": torch.stack([totals.sums[f"{x},{y}/masked"] for x, y in self.shares]).sum()}
-
-    def clamp(self) -> None:
-        """Keep the scale within 1..max_scale, as CLIP does."""
-        with torch.no_grad():
-            self.log_scale.clamp_(0.0, math.log(self.max_scale))
-
-    def metrics(self) -> Mapping[str, float]:
-        """The logit scale."""
-        return {"logit_scale": float(self.log_scale.detach().exp())}
 
 
 def _softmax_loss(scores: Tensor, target: Tensor, off: Tensor, positive: Tensor) -> Tensor:
