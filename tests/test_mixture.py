@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +14,14 @@ from typing import Any
 
 import pytest
 
+from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.config import ConfigError, RunError
 from mmcontrast.data import Captions, Compose, Mixture, Source, Stream
 from mmcontrast.data.schedule import Schedule
+from mmcontrast.objectives import InfoNCE
 from mmcontrast.shard_writer import Sample, ShardWriter
+from mmcontrast.trainer import Trainer
+from tests import tiny
 from tests.samples import Bytes, Picture, equal, png
 
 TRANSFORMS: dict[str, Any] = {"image": Picture(), "text": Bytes()}
@@ -186,6 +192,35 @@ def test_damage_is_counted_by_source(tmp_path: Path, data: dict[str, Path]) -> N
     skipped = [s for batch in made.batches(0, 10) for s in batch.skipped]
     assert {shard.partition("/")[0] for shard, _, _ in skipped} == {"bad"}
     assert {key for _, key, _ in skipped} == {f"b{i:03d}" for i in (0, 5, 10, 15)}
+
+
+def test_a_run_tells_what_it_saw_of_each_source_also_after_a_restart(tmp_path: Path, data: dict[str, Path]) -> None:
+    bad = write(tmp_path / "bad", "b", [{"png": png(i) if i else b"no picture", "txt": "x"} for i in range(6)])
+    sources = {name: Source.Config(shards=(str(path),)) for name, path in (data | {"bad": bad}).items()}
+    config = Trainer.Config(
+        out=tmp_path / "run",
+        model=tiny.model_config(),
+        data=Mixture.Config(sources=sources, weights=dict.fromkeys(sources, 1.0), workers=0),
+        objectives={"clip": InfoNCE.Config()},
+        checkpoint=Checkpoints.Config(every=4, keep=3),
+        steps=8,
+        global_batch=8,
+        micro_batch=8,
+    )
+
+    def counts() -> dict[str, float]:
+        config.build().fit()
+        last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        return {name.removeprefix("data/"): n for name, n in last.items() if name.startswith("data/")}
+
+    found = counts()
+    assert {name: found[f"{name}/seen"] for name in sources} == dict.fromkeys(sources, 16)
+    assert found["texts/repeated"] == 7 and found["web/repeated"] == 0 and found["bad/repeated"] == 10
+    assert found["web/image"] == found["web/text"] == found["pictures/image"] == found["texts/text"] == 16
+    assert "pictures/text" not in found and "texts/image" not in found
+    assert 2 <= found["bad/skipped"] <= 3 and found["web/skipped"] == 0
+    shutil.rmtree(tmp_path / "run" / "step-000008")
+    assert counts() == found
 
 
 # ---------------------------------------------------------------------------------------------- what is kept
