@@ -136,6 +136,9 @@ def test_the_window_bounds_how_far_a_sample_travels(window: int) -> None:
     travelled = [abs(turn - (50 * first.index(s // 50) + s % 50)) for turn, s in enumerate(found)]
     assert max(travelled) < window
     assert window == 1 or max(travelled) >= window // 2
+    # As far as in a shuffle of the window as a whole: two places drawn at random are a third of it apart.
+    full = travelled[: 150 // window * window]
+    assert np.mean(full) == pytest.approx((window - 1 / window) / 3, rel=0.25)
     assert sorted(found) == list(range(150))
 
 
