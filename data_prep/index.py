@@ -30,14 +30,15 @@ def prepare(shards: Path | str, *, out: Path | None = None, overwrite: bool = Fa
     Raises:
         ConfigError: no tars, no samples in them, or a manifest that is there already.
     """
-    remote = is_remote(str(shards))
+    shards = str(shards).removeprefix("file://")
+    remote = is_remote(shards)
     if remote != (out is not None):
         place = "--out FOLDER says where to describe them" if remote else "their index lies beside them, without --out"
         raise ConfigError(f"{shards} are shards on {'another' if remote else 'this'} machine: {place}")
     folder = out or Path(shards)
     if not remote and not folder.is_dir():
         raise ConfigError(f"there is no folder {str(folder)!r}")
-    paths: Sequence[Place] = find_shards([str(shards)]) if remote else sorted(folder.glob("*.tar"))
+    paths: Sequence[Place] = find_shards([shards]) if remote else sorted(folder.glob("*.tar"))
     if not paths:
         raise ConfigError(f"no shards match {str(folder)!r}; give a folder with .tar files")
     roots = list(dict.fromkeys(path.parent for path in paths))

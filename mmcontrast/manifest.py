@@ -23,7 +23,7 @@ _MOST = 1 << 53  # nothing is counted beyond
 
 @dataclass(frozen=True)
 class Description:
-    """A folder's manifest: where it lies, with the indices beside it, and its entries by the shards' names.
+    """A manifest: the folder that it lies in, with the indices, and its entries by the shards' names.
 
     Shards may lie elsewhere than their manifest, if that says where by `root`: `mmcontrast prep index` makes such
     ones for shards in a place where one may only read.
@@ -38,13 +38,17 @@ class Finder:
 
     def __init__(self, patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
-        self._described: dict[Place, Description] = {}
+        # By the folder of the shards, parts of which may be described in several places.
+        self._described: dict[Place, list[Description]] = {}
 
-    def describe(self, shard: Place) -> Description:
-        """What the manifest of the shard's folder says; it has no entries where there is no manifest."""
+    def describe(self, shard: Place) -> tuple[Place, Mapping[str, Any] | None]:
+        """The folder with the shard's index, and its entry in the manifest there; None where nothing names it."""
         if shard.parent not in self._described:
             self._read(shard.parent)
-        return self._described[shard.parent]
+        for described in self._described[shard.parent]:
+            if shard.name in described.entries:
+                return described.folder, described.entries[shard.name]
+        return shard.parent, None
 
     def find(self, pattern: str) -> list[Place]:
         """The shards that a pattern means, in order.
@@ -65,7 +69,7 @@ class Finder:
         manifest = read_manifest(folder, self.patience)
         entries = {} if manifest is None else {entry["name"]: entry for entry in manifest["shards"]}
         root = folder if manifest is None or "root" not in manifest else checked(manifest["root"])
-        self._described[root] = Description(folder, entries)
+        self._described.setdefault(root, []).append(Description(folder, entries))
         return None if manifest is None else [root / name for name in sorted(entries)]
 
     def _remote(self, pattern: str) -> list[Place]:

@@ -186,15 +186,14 @@ def open_shards(patterns: Sequence[str], *, cache: Cache | None = None) -> Shard
     if cache is None and any(isinstance(path, Address) for path in paths):
         cache = Cache.from_environment()
     for path in paths:
-        described = finder.describe(path)
-        entry = described.entries.get(path.name)
+        folder, entry = finder.describe(path)
         if entry is not None:
             if isinstance(path, Path) and (size := path.stat().st_size) != entry["bytes"]:
                 raise ConfigError(
                     f"{path} has {size} bytes, its manifest says {entry['bytes']}: write it again, "
-                    f"or to accept it as it is {index_anew(described.folder)}"
+                    f"or to accept it as it is {index_anew(folder)}"
                 )
-            load = _IndexFile(described.folder / _index_name(path.name), entry, cache)
+            load = _IndexFile(folder / _index_name(path.name), entry, cache)
             shards.append(Shard(path, entry["samples"], entry["bytes"], load, _Opened(path, entry, cache)))
             counts.update(entry["members"])
             left_out = [(key, reason) for key, reason in entry.get("damage", ())]

@@ -669,6 +669,10 @@ def test_shards_without_a_manifest_are_indexed_into_a_folder_here(
     assert times(site, ".tar") == {f"/foreign/{i:05d}": 1 for i in range(3)}, "the cache keeps what was indexed"
     shutil.rmtree(cache.folder)
     assert everything(open_shards([str(here)], cache=cache)) == want
+    halves = [str(tmp_path / name) for name in ("first", "rest")]
+    for half, numbers in zip(halves, ("{00000..00000}", "{00001..00002}"), strict=True):
+        prep_index.prepare(f"{address}/{numbers}.tar", out=Path(half))
+    assert everything(open_shards(halves, cache=cache)) == want
     with pytest.raises(ConfigError, match="--overwrite"):
         prep_index.prepare(pattern, out=here)
     assert prep_index.prepare(pattern, out=here, overwrite=True)["samples"] == 12
@@ -753,6 +757,7 @@ def test_a_store_whose_package_is_missing_says_which(cache: Cache) -> None:
 def test_a_local_file_address_is_a_path(tmp_path: Path) -> None:
     folder = written(tmp_path / "data", 4)
     assert everything(open_shards([f"file://{folder}"])) == everything(open_shards([str(folder)]))
+    assert prep_index.prepare(f"file://{folder}", overwrite=True)["samples"] == 4
 
 
 # -------------------------------------------------------------------------------------------- training
