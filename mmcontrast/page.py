@@ -30,7 +30,8 @@ _STYLE = """
   --soft: #1d2328; --bar: #6aa5de; --mark: #ef8a74; --error: #ff8a80; --warning: #f0b95a; --note: #8fb4d1; } }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --quiet: #444; --line: #bbb; --soft: #fff;
   --bar: #3b78b8; --mark: #b8442e; --error: #b3261e; --warning: #94600a; --note: #45647d; }
-  audio { display: none; } figure, .card, tr, .finding { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+  audio { display: none; } .card .said, .card .facts { max-height: none; }
+  figure, .card, tr, .finding { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto 4rem; padding: 0 1.2rem;
   background: var(--paper); color: var(--ink); }
@@ -60,12 +61,13 @@ svg .trace { fill: none; stroke: var(--bar); stroke-width: 1.2; } svg .wave { fi
 .share { display: grid; grid-template-columns: fit-content(11rem) 4.5rem max-content; gap: .15rem .8rem;
   font-size: .9rem; align-items: center; overflow-wrap: anywhere; }
 .share i { display: block; height: .6rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .9rem;
+  align-items: start; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; font-size: .85rem; overflow-wrap: anywhere;
   display: flex; flex-direction: column; gap: .4rem; background: var(--soft); }
 .card img { width: 100%; height: 10rem; object-fit: contain; border-radius: .2rem;
   background: var(--paper); }
-.card audio { width: 100%; height: 2.2rem; } .card .said { font-size: .95rem; }
+.card audio { width: 100%; height: 2.2rem; } .card .said { font-size: .95rem; max-height: 7.5rem; overflow: auto; }
 .card .facts { color: var(--quiet); font-size: .78rem; white-space: pre-wrap; max-height: 9rem; overflow: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
 """

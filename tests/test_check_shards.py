@@ -27,7 +27,7 @@ from mmcontrast.check.table import as_text
 from mmcontrast.check.tokens import token_counter
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
-from mmcontrast.data import Stream
+from mmcontrast.data import Captions, Compose, Mixture, Source, Stream
 from mmcontrast.encoders import BagOfWords, CoCaText, MelConvNet, MultiEncoder, TextTransformer
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.objectives import InfoNCE
@@ -422,6 +422,48 @@ def test_what_would_stop_training_is_an_error(shards: Path, tmp_path: Path) -> N
     alone = write(tmp_path / "alone", {"a": {"png": drawn(1)}, "b": {"txt": "words"}})
     checked = check_shards([str(alone)], demand=demand_of(config(alone)), workers=0)
     assert ("error", "no sample has two modalities: there is nothing to contrast.") in found(checked, "modality")
+
+
+def test_one_of_several_sources(tmp_path: Path) -> None:
+    def pairs(count: int, seed: int) -> dict[str, Content]:
+        return {f"{k}": {"png": drawn(seed + k), "syn.txt": b"x", "txt": f"text {k % 2}"} for k in range(count)}
+
+    folders = {name: tmp_path / name for name in ("web", "mine")}
+    for (name, folder), count in zip(folders.items(), (24, 12), strict=True):
+        with tarfile.open(folder.with_suffix(".tar"), "w") as out:
+            for key, members in pairs(count, len(name)).items():
+                for end, data in members.items():
+                    info = tarfile.TarInfo(f"{key}.{end}")
+                    content = data if isinstance(data, bytes) else str(data).encode()
+                    info.size = len(content)
+                    out.addfile(info, io.BytesIO(content))
+    recipe = config(tmp_path)
+    captions = Captions.Config(choices={"txt": 1.0, "syn.txt": 2.0, "json:caption": 1.0})
+    web, mine = (str(folder.with_suffix(".tar")) for folder in folders.values())
+    recipe.data = Mixture.Config(
+        sources={"web": Source.Config(shards=(web,)), "mine": Source.Config(shards=(mine,), compose=captions)},
+        weights={"web": 1.0, "mine": 1.0},
+        workers=0,
+    )
+    with pytest.raises(ConfigError, match=r"several sources \(web, mine\): name one with --source"):
+        demand_of(recipe)
+    with pytest.raises(ConfigError, match="'other' is none of them"):
+        demand_of(recipe, source="other")
+
+    recipe.data.sources["mine"].compose = Compose.Config()
+    demand = demand_of(recipe, source="mine")
+    r = (checked := check_shards(demand.patterns, demand=demand, workers=0, ranks=())).report
+    assert r.samples == 12 and r.plan is not None and r.plan.problem is None
+    assert (r.plan.share, r.plan.epochs, r.plan.steps_per_epoch) == (0.5, 5, 4)  # 60 of 120 examples
+    assert found(checked, "run")[0][1] == (
+        "20 steps of 6, of which 50 % come from this source, go 5 times through 12 examples, 4 steps each time."
+    )
+    # Two others of this source are met in a batch; of 11 others, 5 have the same caption.
+    assert f"meets {2 * 5 / 11:.3g} false negatives" in found(checked, "repeats")[0][1]
+    recipe.data.sources["mine"].compose = captions
+    demand = demand_of(recipe, source="mine", patterns=(web,))
+    assert demand.patterns == (web,) and demand.made == ()
+    assert demand.sources["text"].members == ("txt", "syn.txt")
 
 
 def test_what_the_evaluation_data_share_with_the_shards(tmp_path: Path) -> None:

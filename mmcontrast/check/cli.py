@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def check_shards(arguments: Sequence[str]) -> None:
         sample=asked["sample"],
         seed=asked["seed"],
         ranks=asked["ranks"],
-        workers=asked["workers"],
+        workers=min(16, os.cpu_count() or 1) if asked["workers"] is None else asked["workers"],
         progress=sys.stderr.isatty(),
     )
     print(as_text(checked.report))
@@ -131,7 +132,7 @@ def shards_usage(
     sample: int = 100_000,
     seed: int = 0,
     ranks: tuple[int, ...] = (1, 8),
-    workers: int = 2,
+    workers: int | None = None,
     html: Path | None = None,
     cards: int = 24,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -157,7 +158,7 @@ def shards_usage(
         sample: samples to examine at most, drawn at random; 0 examines all. Each takes some 50 bytes of memory.
         seed: of that draw, and of the samples on the page.
         ranks: numbers of training processes (GPUs) to plan the run for.
-        workers: processes that examine; 0 does it in this one.
+        workers: processes that examine; by default one for each core, at most 16. 0 does it in this one.
         html: also write a page with histograms, samples, and copies side by side.
         cards: samples on that page.
         json_file: also write all numbers here.

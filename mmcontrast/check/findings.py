@@ -245,7 +245,9 @@ def _plan(r: Report, p: Plan) -> Iterator[Finding]:
     part = "" if p.share == 1 else f", of which {percent(p.share)} come from this source,"
     text = f"{number(p.steps)} steps of {number(p.global_batch)}{part} go {three(p.epochs)} times through"
     text += f" {number(p.per_epoch)} examples, {three(p.steps_per_epoch)} steps each time"
-    if p.epochs > _MANY_EPOCHS:
+    if r.made:
+        yield Finding("note", "run", f"{text}; the recipe composes each anew.")
+    elif p.epochs > _MANY_EPOCHS:
         yield Finding("warning", "run", f"{text}: so many repeats are mostly learned by heart. More data, fewer steps.")
     elif p.epochs < 1:
         yield Finding("warning", "run", f"{text}: {percent(1 - p.epochs)} of them are never seen. More steps.")

@@ -106,7 +106,7 @@ _COSINES = torch.cos(torch.arange(8).double()[:, None] * (torch.arange(32).doubl
 
 
 def audio(data: bytes) -> Measured:
-    """Length, rate, channels, format, loudness; whether it is silent or clipped. Every sample is decoded.
+    """Length, rate, channels, format, mean power (dBFS); whether it is silent or clipped. Every sample is decoded.
 
     Raises:
         BadSample: as `decode.audio` and `Sound.read`.
@@ -215,7 +215,7 @@ UNITS: Mapping[str, str] = {
     "height": "pixels",
     "shorter side": "pixels",
     "seconds": "s",
-    "loudness": "dB of full scale, mean power",
+    "loudness": "dBFS",
     "length": "samples",
 }
 """Of the numbers that need one."""

@@ -105,8 +105,13 @@ def _samples(checked: Checked, most: int) -> Node:
 def _card(job: Job, position: int, note: Node = None) -> Html:
     shards = job.shards
     name, key = shards.name(position)
-    parts: list[Node] = [_media(job, position, modality, key) for modality in job.sources]
+    parts: list[Node] = [_media(job, position, modality, key) for modality in _seen_first(job)]
     return card(parts, tag("div", tag("b", key), f" in {name}", class_="quiet"), note, _metadata(job, position))
+
+
+def _seen_first(job: Job) -> list[str]:
+    """The modalities, texts after what they speak of."""
+    return sorted(job.sources, key=lambda modality: job.sources[modality].kind == "text")
 
 
 def _media(job: Job, position: int, modality: str, key: str) -> Node:
@@ -130,7 +135,7 @@ def _drawn(kind: str, data: bytes, key: str) -> Node:
         samples = heard.read(0, min(heard.frames, round(_HEARD * heard.rate))).numpy()
         thin = -(-heard.rate // _RATE)
         samples = samples[: len(samples) // thin * thin].reshape(-1, thin).mean(1)
-        told = tag("div", f"{three(heard.frames / heard.rate)} s at {number(heard.rate)}", class_="quiet")
+        told = tag("div", f"{three(heard.frames / heard.rate)} s at {number(heard.rate)} Hz", class_="quiet")
         return [sound(samples.astype(np.float32), heard.rate // thin), told]
     values = series(data)
     told = tag("div", " × ".join(map(number, values.shape)), class_="quiet")
@@ -161,7 +166,9 @@ def _modality(checked: Checked, m: Modality) -> Node:
         if n.least == n.most:
             drawn.append(_titled(name, tag("p", f"{number(n.least)} {unit} in all")))
         else:
-            below = f"{number(n.least)} to {number(n.most)}, median {number(n.median)} {unit}"
+            below = f"{number(n.least)} to {number(n.most)}, median {number(n.median)} {unit}".rstrip()
+            first, last = n.bins[0], n.bins[-1]
+            below += ", log scale" if last.high - last.low > 2 * (first.high - first.low) else ""
             drawn.append(histogram(n.bins, title=name, below=below, marks=asked))
     for name, words in m.words.items():
         drawn.append(_titled(name, shares(_some(words), m.samples)))
@@ -205,7 +212,7 @@ def _alike(checked: Checked, m: Modality) -> Node:
 def _beside(a_job: Job, a: Place, b_job: Job, b: Place, note: str) -> Html:
     sides: list[Node] = []
     for job, at in ((a_job, a), (b_job, b)):
-        media = [_media(job, at.position, modality, at.key) for modality in job.sources]
+        media = [_media(job, at.position, modality, at.key) for modality in _seen_first(job)]
         sides.append([media, tag("div", at.key, class_="quiet")])
     return card(pair(*sides), tag("div", note, class_="quiet"))
 
