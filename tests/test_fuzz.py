@@ -69,23 +69,23 @@ CHANGES = st.lists(
 
 def changed(data: bytes, changes: list[tuple[str, int, int, int, bytes]]) -> list[Piece]:
     found = pieces(data)
-    for kind, at, other, length, noise in changes:
+    for kind, at, spot, length, noise in changes:
         if not found:
             break
-        at, other = at % len(found), other % len(found)
+        at, other = at % len(found), spot % len(found)
         piece = found[at]
         match kind:
             case "flip":
-                spot = other % max(1, len(piece.data))
+                spot %= max(1, len(piece.data))
                 byte = bytes([piece.data[spot] ^ (1 << length % 8)]) if piece.data else b""
                 found[at] = Piece(piece.data[:spot] + byte + piece.data[spot + 1 :], piece.origin)
             case "cut":
                 del found[max(at, 1) :]
-                found[-1] = Piece(found[-1].data[: other % (BLOCK + 1)], found[-1].origin)
+                found[-1] = Piece(found[-1].data[: spot % (BLOCK + 1)], found[-1].origin)
             case "wipe":
                 found[at : at + length] = [Piece(bytes(len(p.data)), p.origin) for p in found[at : at + length]]
             case "insert":
-                filler = (noise * BLOCK)[: BLOCK * length] if other % 2 else (noise * BLOCK)[: 100 * length]
+                filler = (noise * BLOCK)[: BLOCK * length] if spot % 2 else (noise * BLOCK)[: 100 * length]
                 found[at:at] = [Piece(filler, None)]
             case "delete":
                 del found[at : at + length]
@@ -106,24 +106,35 @@ def origins(found: list[Piece], start: int, stop: int) -> set[int | None]:
     return names
 
 
+@cache
+def headers() -> set[bytes]:
+    """Those of the whole tar."""
+    return {plain()[blocks.start * BLOCK :][:BLOCK] for blocks, _ in whole_members().values()}
+
+
 @settings(max_examples=150)
 @given(CHANGES)
 def test_a_broken_tar_never_mispairs(changes: list[tuple[str, int, int, int, bytes]]) -> None:
     """What is delivered belongs to its key, unless another member's blocks were moved to just there.
 
-    Nothing in a tar tells of that; with an index of before, everything does (see the next test).
+    Nothing in a tar tells of that, nor of two flipped bits in one header that cancel in its checksum, which is a sum;
+    with an index of before, everything does (see below).
     """
     found = changed(plain(), changes)
     data = b"".join(p.data for p in found)
     index, delivered = opened(data)
-    assert {k for k, _ in delivered} <= {k for k, _ in whole_members()}, "a sample that nobody wrote"
     assert len(index.keys) == len(set(index.keys))
     for (key, extension), body in delivered.items():
         place = index.keys.index(key)
         offset = int(index.columns[extension].offset[place])
         assert body == data[offset : offset + len(body)]
+        head = data[offset - BLOCK : offset]
+        if head not in headers():
+            differences = min(sum(a != b for a, b in zip(head, other, strict=True)) for other in headers())
+            assert differences >= 2, "a header is under a checksum"
+            continue
         blocks, truth = whole_members()[key, extension]
-        assert len(body) == len(truth), "every header is under a checksum"
+        assert len(body) == len(truth)
         if origins(found, offset, offset + len(body)) <= {*blocks, None}:
             assert mostly(body) in (None, (key, extension))
 
