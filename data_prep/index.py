@@ -33,8 +33,9 @@ def prepare(shards: Path | str, *, out: Path | None = None, overwrite: bool = Fa
     shards = str(shards).removeprefix("file://")
     remote = is_remote(shards)
     if remote != (out is not None):
-        place = "--out FOLDER says where to describe them" if remote else "their index lies beside them, without --out"
-        raise ConfigError(f"{shards} are shards on {'another' if remote else 'this'} machine: {place}")
+        if remote:
+            raise ConfigError(f"{shards} is remote; say with --out FOLDER where its index and manifest shall go")
+        raise ConfigError(f"{shards} is on this machine; its index and manifest lie beside it: leave --out away")
     folder = out or Path(shards)
     if not remote and not folder.is_dir():
         raise ConfigError(f"there is no folder {str(folder)!r}")

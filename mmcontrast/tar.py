@@ -176,15 +176,15 @@ def _crc32(file: Any, offset: int, size: int) -> int:
 
 def walk(file: Any, end: int) -> Iterator[tuple[str, int, int, bool] | None]:
     """(name, offset, size, complete) of every regular member; None where something is broken or missing."""
-    position, name, pax_size = 0, None, None
-    lost = zeros = sparse = nameless = False
+    position, about = 0, _Next()
+    lost = zeros = False
     while position + _BLOCK <= end:
         file.seek(position)
         head = file.read(_BLOCK)
         position += _BLOCK
         if not head.strip(b"\0"):
             position = _behind_zeros(file, position)
-            name, pax_size, sparse, zeros = None, None, False, True
+            about, zeros = _Next(), True
             continue
         info = _header(head)
         # Zeros end an archive: a header behind them means that a stretch was wiped, or two tars joined.
@@ -192,32 +192,45 @@ def walk(file: Any, end: int) -> Iterator[tuple[str, int, int, bool] | None]:
             yield None
         lost, zeros = info is None, False
         if info is None:
-            name, pax_size, sparse = None, None, False
+            about = _Next()
         elif info.type in _ABOUT_THE_NEXT:
             payload = file.read(info.size)
             if info.type == tarfile.GNUTYPE_LONGNAME:
-                name = _text(payload.partition(b"\0")[0])
+                about.name = _text(payload.partition(b"\0")[0])
             elif info.type in _PAX:
                 records = _pax_records(payload)
                 if records is None:  # the name may be what is lost: whose member comes next is unknown
                     yield None
-                    records, nameless = {}, True
-                name = records.get("path", name)
-                pax_size = int(s) if re.fullmatch("[0-9]{1,19}", s := records.get("size", "")) else None
-                sparse = any(record.startswith("GNU.sparse.") for record in records)
+                    about.nameless = True
+                else:
+                    about.take(records)
             position += _padded(info.size)
         elif info.type in tarfile.REGULAR_TYPES or info.type not in tarfile.SUPPORTED_TYPES:
-            size = info.size if pax_size is None else pax_size
-            stored = info.type != tarfile.GNUTYPE_SPARSE and not sparse  # a sparse file lies there in pieces
-            complete = stored and position + size <= end
-            if not nameless:
-                yield name or info.name, position, size, complete
+            size = info.size if about.size is None else about.size
+            stored = info.type != tarfile.GNUTYPE_SPARSE and not about.sparse  # a sparse file lies there in pieces
+            if not about.nameless:
+                yield about.name or info.name, position, size, stored and position + size <= end
             position += _padded(size)
-            name, pax_size, sparse, nameless = None, None, False, False
+            about = _Next()
         else:  # folders and links have no content: to skip what their size says could skip members
-            name, pax_size, sparse = None, None, False
+            about = _Next()
     if not zeros:
         yield None  # a cut between members leaves no other trace than that the closing zeros are missing
+
+
+@dataclass
+class _Next:
+    """What extended headers say of the member that follows them."""
+
+    name: str | None = None
+    size: int | None = None
+    sparse: bool = False
+    nameless: bool = False
+
+    def take(self, records: Mapping[str, str]) -> None:
+        self.name = records.get("path", self.name)
+        self.size = int(s) if re.fullmatch("[0-9]{1,19}", s := records.get("size", "")) else None
+        self.sparse = any(record.startswith("GNU.sparse.") for record in records)
 
 
 def _behind_zeros(file: Any, position: int) -> int:
