@@ -69,7 +69,8 @@ svg .trace { fill: none; stroke: var(--bar); stroke-width: 1.2; } svg .wave { fi
   background: var(--paper); }
 .card audio { width: 100%; height: 2.2rem; } .card .said { font-size: .95rem; max-height: 7.5rem; overflow: auto; }
 .card .facts { color: var(--quiet); font-size: .78rem; white-space: pre-wrap; max-height: 9rem; overflow: auto; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; } .pair img { height: 6rem; }
+.bad { color: var(--error); }
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections import Counter
@@ -17,16 +18,18 @@ import soundfile
 from PIL import Image
 
 from mmcontrast.check.demand import demand_of, plan
+from mmcontrast.check.findings import three
 from mmcontrast.check.likeness import NEAR, alike, groups, near_pairs, overlap
 from mmcontrast.check.measure import audio, image, series, timeseries
 from mmcontrast.check.shards import Checked, check_shards
 from mmcontrast.check.shards_page import shards_page
 from mmcontrast.check.summary import summarise
-from mmcontrast.check.survey import choose
+from mmcontrast.check.survey import Job, choose, survey
+from mmcontrast.check.survey import Source as SourceOf
 from mmcontrast.check.table import as_text
-from mmcontrast.check.tokens import token_counter
+from mmcontrast.check.tokens import TokenCounter, token_counter
 from mmcontrast.cli import main
-from mmcontrast.config import ConfigError
+from mmcontrast.config import ConfigError, RunError
 from mmcontrast.data import Captions, Compose, Mixture, Source, Stream
 from mmcontrast.encoders import BagOfWords, CoCaText, MelConvNet, MultiEncoder, TextTransformer
 from mmcontrast.eval.retrieval import Retrieval
@@ -203,6 +206,19 @@ def test_the_same_with_two_processes(shards: Path, checked: Checked) -> None:
     assert alone["modalities"]["text"]["numbers"]["tokens"]["count"] == 26 and alone["evaluations"][0]["shared"]
 
 
+class Deadly:
+    """A tokenizer that kills its process, as the system does where memory runs out."""
+
+    tokenizer = property(lambda self: os._exit(9))
+
+
+def test_a_killed_process_is_one_sentence(shards: Path) -> None:
+    opened = open_shards([str(shards)])
+    job = Job(opened, {"text": SourceOf("text", ("txt",))}, counters={"text": TokenCounter(Deadly(), 8)})
+    with pytest.raises(RunError, match="lower --workers"):
+        survey([job], [range(30)], workers=2)
+
+
 def test_a_sample_of_the_samples(shards: Path) -> None:
     a, b, other = (check_shards([str(shards)], workers=0, sample=10, seed=seed) for seed in (1, 1, 2))
     assert a.report.examined == 10 and a.report.samples == 30
@@ -364,8 +380,14 @@ def test_what_a_recipe_asks(shards: Path) -> None:
     assert [(t.text, t.count) for t in r.groups["label"].top] == counts.most_common()
     meets = [sum(a is not None and a == b for b in labels) - 1 for a in labels if a is not None]
     assert r.groups["label"].chance == pytest.approx(sum(meets) / (30 * 29))
-    others = 5 * sum(meets) / (30 * 29)
-    assert f"each meets {float(f'{others:.3g}'):g} others of its group" in found(checked, "groups")[0][1]
+    assert r.groups["label"].met == pytest.approx(slow_met(recipe, labels))
+    captions = [t if isinstance(t := c.get("txt"), str) and t.strip() else None for c in planted().values()]
+    captions = [None if t is None else " ".join(t.lower().split()) for t in captions]
+    truth = slow_met(recipe, captions)
+    assert texts.repeats.met == pytest.approx(truth) and truth > 0
+    assert f"each meets {three(truth)} false negatives" in found(checked, "repeats")[-1][1]
+    others = three(slow_met(recipe, labels))
+    assert f"each meets {others} others of its group" in found(checked, "groups")[0][1]
 
     assert r.plan is not None and (r.plan.per_epoch, r.plan.steps_per_epoch, r.plan.epochs) == (30, 5, 4)
     assert [(x.ranks, x.readers, x.per_rank, x.own_lanes) for x in r.plan.ranks] == [
@@ -379,6 +401,40 @@ def test_what_a_recipe_asks(shards: Path) -> None:
         "with 3 ranks, 1 lane is shared: every rank reads from every shard. Where shards lie far away, make data.lanes "
         "a multiple of the ranks.",
     ]
+
+
+def slow_met(recipe: Trainer.Config, labels: list[Any], *, read: bool = False) -> float:
+    """Others of its label that a sample meets, counted in the batches of a training run; `read` really reads them."""
+    model: MultiEncoder = recipe.model.build()
+    stream = recipe.data.build(model.transforms(train=True), seed=recipe.seed, global_batch=recipe.global_batch)
+    found: list[int] = []
+    for step in range(recipe.steps):
+        places = [stream.place(step, slot) for slot in range(recipe.global_batch)]
+        ids = [stream.sources[k].position(lane, turn) for k, lane, turn in places]  # before damage is replaced
+        if read:
+            assert stream.batch(step).ids.tolist() == ids
+        found += [sum(labels[j] == labels[i] for j in ids) - 1 if labels[i] is not None else 0 for i in ids]
+    return sum(found) / len(found)
+
+
+def test_groups_that_lie_together_are_told(tmp_path: Path) -> None:
+    content: dict[str, Content] = {
+        f"{k:02d}": {"png": drawn(k), "txt": f"text {k}", "json": {"label": k // 6}} for k in range(36)
+    }
+    folder = write(tmp_path / "sorted", content)
+    for window, level in ((1, "warning"), (16384, "note")):
+        recipe = config(folder, groups=("label",), window=window)
+        checked = check_shards([str(folder)], demand=demand_of(recipe), workers=0)
+        g = checked.report.groups["label"]
+        assert g.chance == pytest.approx(5 / 35) and g.met == pytest.approx(
+            slow_met(recipe, [k // 6 for k in range(36)])
+        )
+        assert (g.met == 5) == (window == 1)
+        [(found_level, text)] = found(checked, "groups")
+        assert found_level == level and ("if all were mixed" in text) == (window == 1)
+    recipe = config(folder, groups=("label",))
+    sampled = check_shards([str(folder)], demand=demand_of(recipe), workers=0, sample=20)
+    assert sampled.report.groups["label"].met is None
 
 
 def slow_lengths(texts: list[str]) -> list[int]:
@@ -418,7 +474,7 @@ def test_what_would_stop_training_is_an_error(shards: Path, tmp_path: Path) -> N
     assert found(checked, "run")[0][0] == "error" and "'audio'" in found(checked, "run")[0][1]
 
     recipe = config(shards, lanes=4)
-    assert "lanes (4) must divide" in (plan(recipe, "", (1,)).problem or "")
+    assert "lanes (4) must divide" in (plan(recipe, "", (1,))[0].problem or "")
     alone = write(tmp_path / "alone", {"a": {"png": drawn(1)}, "b": {"txt": "words"}})
     checked = check_shards([str(alone)], demand=demand_of(config(alone)), workers=0)
     assert ("error", "no sample has two modalities: there is nothing to contrast.") in found(checked, "modality")
@@ -459,7 +515,9 @@ def test_one_of_several_sources(tmp_path: Path) -> None:
         "20 steps of 6, of which 50 % come from this source, go 5 times through 12 examples, 4 steps each time."
     )
     # Two others of this source are met in a batch; of 11 others, 5 have the same caption.
-    assert f"meets {2 * 5 / 11:.3g} false negatives" in found(checked, "repeats")[0][1]
+    repeats = r.modalities["text"].repeats
+    assert r.plan.others * repeats.chance == pytest.approx(2 * 5 / 11)
+    assert repeats.met == pytest.approx(2 * 5 / 11, rel=0.2)
     recipe.data.sources["mine"].compose = captions
     demand = demand_of(recipe, source="mine", patterns=(web,))
     assert demand.patterns == (web,) and demand.made == ()

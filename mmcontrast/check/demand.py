@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from mmcontrast.check.likeness import Places
 from mmcontrast.check.measure import MEASURES
 from mmcontrast.check.survey import Source
 from mmcontrast.check.tokens import TokenCounter, token_counter
@@ -21,6 +23,7 @@ from mmcontrast.trainer import Trainer
 
 MAX_BAD_FRACTION = 0.01
 """Share of damaged samples that training allows by default."""
+_DRAWN = 50_000  # samples of the first batches, in all
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class Plan:
         global_batch: samples of a step.
         share: share of them that is of this source; 1 where it is the only one.
         lanes: places of the data that are read at once.
+        window: samples among which a lane is shuffled.
         window_bytes: memory of all shuffles, per reading process.
         per_epoch: examples that an epoch shows.
         steps_per_epoch: steps in which they are shown.
@@ -196,6 +200,7 @@ class Plan:
     global_batch: int
     share: float
     lanes: int
+    window: int
     window_bytes: int
     per_epoch: int
     steps_per_epoch: float
@@ -222,10 +227,14 @@ class _Kind:
         return values
 
 
-def plan(config: Trainer.Config, source: str, ranks: Sequence[int]) -> Plan:
-    """What a run does with a source of its data, by the stream of the run itself."""
+def plan(config: Trainer.Config, source: str, ranks: Sequence[int]) -> tuple[Plan, list[Places]]:
+    """What a run does with a source of its data, by the stream of the run itself, and its first batches.
+
+    Of a batch, the positions of the samples that are this source's, of all ranks.
+    """
     data, batch = config.data, config.global_batch
     problem, per_epoch, window, share, seen = None, 0, 0, 0.0, 0
+    first: list[Places] = []
     try:
         kinds = {m: _Kind(str(getattr(_innermost(t).owner, "kind", ""))) for m, t in config.model.encoders.items()}
         stream: Batches = data.build(kinds, seed=config.seed, global_batch=batch)
@@ -236,13 +245,15 @@ def plan(config: Trainer.Config, source: str, ranks: Sequence[int]) -> Plan:
             problem = f"the sources last for {steps} steps, the run has {config.steps}"
         seen = stream.seen(steps)[source]
         share = seen / (steps * batch) if steps else 0.0
+        first = [_batch(stream, source, step) for step in range(min(steps, max(1, _DRAWN // batch)))]
     except ConfigError as error:
         problem = str(error)
-    return Plan(
+    planned = Plan(
         config.steps,
         batch,
         share,
         data.lanes,
+        window,
         8 * window * data.lanes,
         per_epoch,
         per_epoch / (batch * share) if share else 0.0,
@@ -250,6 +261,13 @@ def plan(config: Trainer.Config, source: str, ranks: Sequence[int]) -> Plan:
         [_on_ranks(config, size) for size in ranks],
         problem,
     )
+    return planned, first
+
+
+def _batch(stream: Batches, source: str, step: int) -> Places:
+    places = [stream.place(step, slot) for slot in range(stream.global_batch)]
+    found = [stream.sources[k].position(lane, turn) for k, lane, turn in places if stream.sources[k].name == source]
+    return np.array(found, dtype=np.int64)
 
 
 def _on_ranks(config: Trainer.Config, ranks: int) -> Ranks:

@@ -18,6 +18,7 @@ LEVELS = ("error", "warning", "note")
 _MUCH = 0.05  # share of the samples from which a loss of quality is a warning
 _SOME = 0.01  # the same of what should hardly be there at all
 _CROWD = 0.1  # false negatives of an anchor in a step from which they are a warning
+_CLUSTERED = 2.0  # how many times more than by chance
 _MANY_EPOCHS = 100
 _FLAGS = {
     "one colour": "pictures show one colour alone",
@@ -196,9 +197,9 @@ def _repeated_captions(r: Report, m: Modality, seen: str) -> Finding:
     text = f"captions repeat an earlier one, most often {cut(top.text or '')!r} ({number(top.count)} in all)."
     much = m.repeats.surplus > _MUCH * m.samples
     if r.plan is not None:
-        expected = r.plan.others * m.repeats.chance
-        much = expected > _CROWD
-        text += f" In a batch of {number(r.plan.global_batch)} each meets {three(expected)} false negatives by that."
+        others = r.plan.others * m.repeats.chance if m.repeats.met is None else m.repeats.met
+        much = others > _CROWD
+        text += f" In a batch of {number(r.plan.global_batch)} each meets {three(others)} false negatives by that."
     if much:
         text += " Keep the caption as a metadata field too, and name it in data.groups and in never_negative."
     return Finding("warning" if much else "note", "repeats", f"{share_of(m.repeats.surplus, m.samples)} {text}{seen}")
@@ -215,8 +216,17 @@ def _groups(r: Report) -> Iterator[Finding]:
         text = f"samples carry the group {name!r}: {number(g.distinct)} labels, most often {cut(g.top[0].text or '')!r}"
         text = f"{share_of(g.samples, r.examined)} {text} ({number(g.top[0].count)})"
         if r.plan is not None:
-            others = three(r.plan.others * g.chance)
-            text += f"; in a batch of {number(r.plan.global_batch)} each meets {others} others of its group"
+            even = r.plan.others * g.chance
+            others = even if g.met is None else g.met
+            text += f"; in a batch of {number(r.plan.global_batch)} each meets {three(others)} others of its group"
+            if others > max(_CROWD, _CLUSTERED * even):
+                text += (
+                    f", {three(even)} if all were mixed: data.window ({number(r.plan.window)}) does not part what lies"
+                )
+                yield Finding(
+                    "warning", "groups", f"{text} together. A larger window, or shards written in random order."
+                )
+                continue
         yield Finding("note", "groups", f"{text}.")
 
 

@@ -5,6 +5,7 @@ Letters: n marks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,16 @@ def groups(marks: Marks) -> Groups:
     _, first, size = np.unique(marks, return_index=True, return_counts=True)
     order = np.lexsort((first, -size))
     return Groups(first[order].astype(np.int64), size[order].astype(np.int64))
+
+
+def met(batches: Sequence[Places], marks: Marks) -> float:
+    """Others of its mark that a sample of a batch meets in it, on average; marks are by position, 0 is none."""
+    pairs = 0
+    for batch in batches:
+        found = marks[batch]
+        size = groups(found[found > 0]).size
+        pairs += int((size * (size - 1)).sum())
+    return pairs / max(1, sum(map(len, batches)))
 
 
 def distance(a: Marks, b: Marks) -> NDArray[np.int64]:

@@ -34,11 +34,13 @@ class Repeats:
     Attributes:
         surplus: samples beyond the first of each content.
         chance: probability that two different samples are equal.
+        met: equal ones that a sample meets in a batch; None where it is not known for every sample.
         top: contents that come more than once, the most frequent first.
     """
 
     surplus: int
     chance: float
+    met: float | None
     top: list[Repeat]
 
 
@@ -106,11 +108,20 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Labels:
-    """A group that the recipe names: samples that carry it, distinct labels, and the largest groups."""
+    """A group that the recipe names.
+
+    Attributes:
+        samples: how many carry it.
+        distinct: labels.
+        chance: probability that two different samples are of one group.
+        met: others of its group that a sample meets in a batch; None where it is not known for every sample.
+        top: the largest groups.
+    """
 
     samples: int
     distinct: int
     chance: float
+    met: float | None
     top: list[Repeat]
 
 

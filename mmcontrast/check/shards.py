@@ -17,7 +17,7 @@ import numpy as np
 from mmcontrast import decode
 from mmcontrast.check.demand import Demand, any_use, plan
 from mmcontrast.check.findings import judge
-from mmcontrast.check.likeness import Groups, alike, groups, overlap
+from mmcontrast.check.likeness import Groups, Places, alike, groups, met, overlap
 from mmcontrast.check.results import (
     Damaged,
     Evaluated,
@@ -91,15 +91,15 @@ def check_shards(
     opened = {e.name: e for e in evaluated if e.problem is None}
     positions = [choose(len(one.shards), sample, seed) for one in (job, *others)]
     found, *asks = survey((job, *others), positions, workers=workers, progress=progress)
-    report = _report(tuple(patterns), recipe, job, asked, found, seed)
-    report.evaluations = evaluated
+    planned, batches = (None, []) if asked.run is None else plan(asked.run, asked.source, ranks)
+    known = batches if not asked.made and found.examined == len(shards) else []
+    report = _report(tuple(patterns), recipe, job, asked, found, seed, known)
+    report.plan, report.evaluations = planned, evaluated
     for said, other, theirs in zip(opened.values(), others, asks, strict=True):
         said.samples, said.examined, said.bad = len(other.shards), theirs.examined, theirs.bad
         for modality in asked.sources:
             if modality in found.found and modality in theirs.found:
                 said.shared += _shared(modality, job, found.found[modality], other, theirs.found[modality])
-    if asked.run is not None:
-        report.plan = plan(asked.run, asked.source, ranks)
     report.findings = judge(report, asked)
     return Checked(report, job, dict(zip(opened, others, strict=True)), positions[0])
 
@@ -128,15 +128,16 @@ def _evaluations(asked: Demand, against: Sequence[str]) -> tuple[list[Evaluated]
     return evaluated, jobs
 
 
-def _report(patterns: tuple[str, ...], recipe: str | None, job: Job, asked: Demand, found: Survey, seed: int) -> Report:
+def _report(
+    patterns: tuple[str, ...],
+    recipe: str | None,
+    job: Job,
+    asked: Demand,
+    found: Survey,
+    seed: int,
+    batches: Sequence[Places],
+) -> Report:
     shards = job.shards
-    left_out = [(shard, key, reason) for shard, entries in shards.damage.items() for key, reason in entries]
-    damage = [Damaged(shard, reason, d.count, d.keys, False) for (shard, reason), d in found.damage.items()]
-    counted: dict[tuple[str, str], list[str]] = {}
-    for shard, key, reason in left_out:
-        counted.setdefault((shard, reason), []).append(key)
-    damage += [Damaged(shard, reason, len(keys), keys[:3], True) for (shard, reason), keys in counted.items()]
-    damage.sort(key=lambda d: (-d.samples, d.shard, d.reason))
     folders = dict.fromkeys(s.path.parent for s in shards.shards if isinstance(s.path, Path))
     sizes: dict[float, int] = {}
     for s in shards.shards:
@@ -151,8 +152,8 @@ def _report(patterns: tuple[str, ...], recipe: str | None, job: Job, asked: Dema
         examined=found.examined,
         seed=seed,
         bad=found.bad,
-        left_out=len(left_out),
-        damage=damage,
+        left_out=sum(map(len, shards.damage.values())),
+        damage=_damage(job, found),
         members=dict(sorted(shards.counts.items(), key=lambda item: (-item[1], item[0]))),
         fields=dict(found.fields.most_common()),
         present=[(list(names), count) for names, count in sorted(found.present.items(), key=lambda i: (-i[1], i[0]))],
@@ -161,30 +162,48 @@ def _report(patterns: tuple[str, ...], recipe: str | None, job: Job, asked: Dema
         made=asked.made,
         max_bad_fraction=asked.max_bad_fraction,
     )
-    for modality, source in asked.sources.items():
-        report.modalities[modality] = _modality(
-            job, asked, modality, source.kind, found.found.get(modality, Found()), found
-        )
-    positions = np.array(found.positions, dtype=np.int64)
-    for name, labels in found.groups.items():
-        marks = np.array(labels, dtype=np.uint64)
-        having = np.flatnonzero(marks)
-        same = groups(marks[having])
-        n = len(positions)
-        pairs = float((same.size * (same.size - 1)).sum())
-        report.groups[name] = Labels(
-            len(having),
-            len(same.size),
-            pairs / (n * (n - 1)) if n > 1 else 0.0,  # among all samples: those without a label are alone
-            _top(same, positions[having], job, partial(_label, shards, name), least=1),
-        )
+    for modality in asked.sources:
+        report.modalities[modality] = _modality(job, asked, modality, found, batches)
+    for name in found.groups:
+        report.groups[name] = _labels(job, name, found, batches)
     return report
 
 
-def _modality(job: Job, asked: Demand, modality: str, kind: str, found: Found, whole: Survey) -> Modality:
+def _damage(job: Job, found: Survey) -> list[Damaged]:
+    """What cannot be used, and what a scan left out before; the most frequent first."""
+    damage = [Damaged(shard, reason, d.count, d.keys, False) for (shard, reason), d in found.damage.items()]
+    for shard, left_out in job.shards.damage.items():
+        keys: dict[str, list[str]] = {}
+        for key, reason in left_out:
+            keys.setdefault(reason, []).append(key)
+        damage += [Damaged(shard, reason, len(k), k[:3], True) for reason, k in keys.items()]
+    return sorted(damage, key=lambda d: (-d.samples, d.shard, d.reason))
+
+
+def _labels(job: Job, name: str, found: Survey, batches: Sequence[Places]) -> Labels:
+    marks, positions = np.array(found.groups[name], dtype=np.uint64), np.array(found.positions, dtype=np.int64)
+    having = np.flatnonzero(marks)
+    same = groups(marks[having])
+    n = len(marks)
+    pairs = float((same.size * (same.size - 1)).sum())
+    return Labels(
+        len(having),
+        len(same.size),
+        pairs / (n * (n - 1)) if n > 1 else 0.0,  # among all samples: those without a label are alone
+        met(batches, marks) if batches else None,
+        _top(same, positions[having], job, partial(_label, job.shards, name), least=1),
+    )
+
+
+def _modality(job: Job, asked: Demand, modality: str, whole: Survey, batches: Sequence[Places]) -> Modality:
+    kind, found = job.sources[modality].kind, whole.found.get(modality, Found())
     content, places = found.marked("content"), found.places()
     same = groups(content)
     said = partial(_caption, job, modality) if kind == "text" else None
+    everywhere = np.zeros(len(job.shards) if batches else 0, dtype=np.uint64)
+    if batches:
+        everywhere[places] = content
+    meets = met(batches, everywhere) if batches else None
     likeness = None
     if kind == "image":
         near = alike(found.marked("look"), content, examples=_SHOWN)
@@ -199,7 +218,7 @@ def _modality(job: Job, asked: Demand, modality: str, kind: str, found: Found, w
         {name: summarise(values) for name, values in found.values.items()},
         {name: dict(words.most_common()) for name, words in found.words.items()},
         dict(found.flags.most_common()),
-        Repeats(same.surplus, same.chance, _top(same, places, job, said, least=2)),
+        Repeats(same.surplus, same.chance, meets, _top(same, places, job, said, least=2)),
         likeness,
         limits,
         short,

@@ -105,23 +105,27 @@ def _samples(checked: Checked, most: int) -> Node:
 def _card(job: Job, position: int, note: Node = None) -> Html:
     shards = job.shards
     name, key = shards.name(position)
-    parts: list[Node] = [_media(job, position, modality, key) for modality in _seen_first(job)]
-    return card(parts, tag("div", tag("b", key), f" in {name}", class_="quiet"), note, _metadata(job, position))
+    lacks = [modality for modality in job.sources if extension_of(job, position, modality) is None]
+    return card(
+        _media(job, position, key),
+        tag("div", f"no {', no '.join(lacks)}", class_="quiet") if lacks else None,
+        tag("div", tag("b", key), f" in {name}", class_="quiet"),
+        note,
+        _metadata(job, position),
+    )
 
 
-def _seen_first(job: Job) -> list[str]:
-    """The modalities, texts after what they speak of."""
-    return sorted(job.sources, key=lambda modality: job.sources[modality].kind == "text")
-
-
-def _media(job: Job, position: int, modality: str, key: str) -> Node:
-    extension = extension_of(job, position, modality)
-    if extension is None:
-        return tag("div", f"no {modality}", class_="quiet")
-    try:
-        return _drawn(job.sources[modality].kind, job.shards.read(position, extension), key)
-    except BadSample as error:
-        return tag("div", f"{modality}: {error}", class_="quiet")
+def _media(job: Job, position: int, key: str) -> list[Node]:
+    """What a sample has, texts after what they speak of."""
+    found: list[Node] = []
+    for modality, source in sorted(job.sources.items(), key=lambda item: item[1].kind == "text"):
+        extension = extension_of(job, position, modality)
+        if extension is not None:
+            try:
+                found.append(_drawn(source.kind, job.shards.read(position, extension), key))
+            except BadSample as error:
+                found.append(tag("div", str(error), class_="bad"))
+    return found
 
 
 def _drawn(kind: str, data: bytes, key: str) -> Node:
@@ -149,7 +153,7 @@ def _metadata(job: Job, position: int) -> Node:
     try:
         meta = decode.metadata(job.shards.read(position, METADATA))
     except BadSample as error:
-        return tag("div", str(error), class_="facts")
+        return tag("div", str(error), class_="bad")
     said = "\n".join(
         f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
         for name, value in meta.items()
@@ -212,8 +216,7 @@ def _alike(checked: Checked, m: Modality) -> Node:
 def _beside(a_job: Job, a: Place, b_job: Job, b: Place, note: str) -> Html:
     sides: list[Node] = []
     for job, at in ((a_job, a), (b_job, b)):
-        media = [_media(job, at.position, modality, at.key) for modality in _seen_first(job)]
-        sides.append([media, tag("div", at.key, class_="quiet")])
+        sides.append([_media(job, at.position, at.key), tag("div", at.key, class_="quiet")])
     return card(pair(*sides), tag("div", note, class_="quiet"))
 
 
