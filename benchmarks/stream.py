@@ -44,6 +44,7 @@ from torch import Tensor
 
 from benchmarks import stream_arms as arms
 from benchmarks import stream_data
+from benchmarks.counters import resident_mb
 from benchmarks.harness import Goal, Report, Work, alternate, in_processes, median_ratio, say, table
 from benchmarks.stream_data import SIZES, SOUND_RATE
 from mmcontrast.decode import Box, audio, picture
@@ -271,12 +272,24 @@ def memory(plan: Plan, folder: Path, report: Report) -> None:
     data = folder / "memory"
     stream_data.shards(data, pictures=plan.batch * plan.epoch, distinct=plan.distinct, width=480, count=plan.shards)
     sizes = {"workers": max(plan.workers), "batch": plan.batch, "batches": plan.epoch, "epochs": plan.epochs}
-    (found,) = in_processes(partial(arms.resident_by_epoch, data, **sizes), daemon=False)
-    held: list[float] = found["resident_mb"]
-    fifth = len(held) // 5
+    # Not a daemon, which may have no workers.
+    ((growth, held),) = in_processes(partial(growth_over_epochs, data, **sizes), daemon=False)
     report.arm("memory/ours", peak_mb=max(held), first_mb=held[0], last_mb=held[-1], **sizes)
-    early, late = held[fifth : 2 * fifth], held[-fifth:]
-    report.ratios["memory_growth"] = statistics.median(late) / statistics.median(early)
+    report.ratios["memory_growth"] = growth
+
+
+def growth_over_epochs(
+    folder: Path, *, workers: int, batch: int, batches: int, epochs: int
+) -> tuple[float, list[float]]:
+    """Resident memory in the last fifth of the epochs / in the second fifth; MB of this process and its workers."""
+    made = arms.stream(folder, workers=workers, batch=batch)
+    held: list[float] = []
+    for step, found in enumerate(made.batches(0, batches * epochs), 1):
+        assert len(found) == batch
+        if step % batches == 0:
+            held.append(resident_mb())
+    fifth = epochs // 5
+    return statistics.median(held[-fifth:]) / statistics.median(held[fifth : 2 * fifth]), held
 
 
 SECTIONS: Mapping[str, Section] = {

@@ -11,8 +11,8 @@ import argparse
 import inspect
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Stopwatch:
         return rows
 
 
+@cache
 def towers(*, half_scale: bool = False) -> tuple[ImageEncoder, TextTransformer]:
     """Encoders of 224 pixels and CLIP's tokens for their transforms; as small as they can be."""
     image = ViT.Config(image_size=SIDE, patch_size=SIDE, width=16, layers=1, heads=1, half_scale=half_scale).build()
@@ -204,19 +205,3 @@ def classifier() -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]:
             return model.classifier(features).argmax(1), torch.nn.functional.normalize(features)
 
     return classify
-
-
-def resident_by_epoch(
-    folder: Path, *, workers: int, batch: int, batches: int, epochs: int
-) -> Mapping[str, list[float]]:
-    """MB that this process and its workers hold at the end of each epoch of `batches`; for a fresh process."""
-    from benchmarks.counters import resident_mb
-
-    torch.set_num_threads(1)
-    made = stream(folder, workers=workers, batch=batch)
-    held: list[float] = []
-    for step, found in enumerate(made.batches(0, batches * epochs), 1):
-        assert len(found) == batch
-        if step % batches == 0:
-            held.append(resident_mb())
-    return {"resident_mb": held}

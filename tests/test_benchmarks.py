@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 from functools import partial
@@ -14,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import harness, loss, loss_arms
+from benchmarks import harness, loss, loss_arms, stream, stream_arms, stream_data
 from benchmarks.chart import loglog
-from benchmarks.counters import peak_tensors_mb, tcp_bytes_sent
+from benchmarks.counters import peak_tensors_mb, resident_mb, tcp_bytes_sent
 from benchmarks.harness import Goal, Report, alternate, in_processes, median_ratio, peak, table
 from benchmarks.loss import Plan
 from tests.conftest import GlooPool
@@ -222,11 +223,17 @@ def test_the_matrix_products_are_those_of_a_loss() -> None:
 
 
 def test_the_table_names_goal_measurement_and_floor() -> None:
-    report = Report(ratios={"a": 0.5123, "a_floor": 0.4, "b": 3e-7})
-    goals = (Goal("a", "time", 0.65, "a_floor"), Goal("b", "error", 1e-6), Goal("c", "not measured"))
+    report = Report(ratios={"a": 0.5123, "a_floor": 0.4, "b": 3e-7, "d": 3.25})
+    goals = (
+        Goal("a", "time", 0.65, "a_floor"),
+        Goal("b", "error", 1e-6),
+        Goal("c", "not measured"),
+        Goal("d", "rate", at_least=3),
+    )
     assert table(goals, report).splitlines()[2:] == [
         "| time (`a`) | ≤ 0.65 | 0.512 | 0.4 |",
         "| error (`b`) | ≤ 1.0e-06 | 3.0e-07 |  |",
+        "| rate (`d`) | ≥ 3 | 3.25 |  |",
     ]
 
 
@@ -236,3 +243,78 @@ def test_labels_of_the_chart_do_not_cover_each_other() -> None:
     texts = drawing.iter("{http://www.w3.org/2000/svg}text")
     heights = sorted(float(t.attrib["y"]) for t in texts if t.text in lines)
     assert len(heights) == 3 and min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= 16
+
+
+# ------------------------------------------------------------------------------------------------- the stream
+
+SHORT = stream.Plan(
+    widths=(640,),
+    workers=(0, 1),
+    batch=4,
+    batches=4,
+    shards=2,
+    distinct=5,
+    rounds=1,
+    crops=5,
+    classified=5,
+    seconds=(0.5, 1.0),
+    epochs=5,
+    epoch=2,
+)
+
+
+def test_the_stream_benchmark_runs(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")  # of open_clip's reader
+    # Memory is below, in this process: a fresh one would take seconds to load what is loaded here.
+    found = stream.run(SHORT, {name: section for name, section in stream.SECTIONS.items() if name != "memory"})
+    wanted = {g.ratio for g in stream.GOALS if not re.search("_480_|_640_2$|memory", g.ratio)}
+    assert wanted <= found.ratios.keys()
+    assert all(0 < v < float("inf") for v in found.ratios.values())
+    assert found.ratios["image_max_level"] == 1  # 0 would mean that the arms share their code
+    assert 35 < found.ratios["half_scale_psnr_640"] < 60
+    assert found.ratios["half_scale_psnr_640_drawn"] <= found.ratios["half_scale_psnr_640"]
+    assert found.ratios["half_scale_cosine"] > 0.9 and found.ratios["quality_85_cosine"] > 0.9
+    found.write(tmp_path / "stream.json")
+    arms = json.loads((tmp_path / "stream.json").read_text())["arms"]
+    names = {"images/ours", "images/ours half", "images/open_clip", "raw/webdataset", "audio/mp3/ours"}
+    assert names <= {arm["arm"] for arm in arms}
+    assert all(1 < arm["bits_per_pixel"] < 4 for arm in arms if arm["arm"].startswith("images/"))
+
+
+def test_a_pass_is_timed_between_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stream_arms.time, "perf_counter", lambda: now[0])
+
+    def batches() -> Any:
+        for seconds in (100, 2, 3, 4):  # the first waits for the workers to start
+            now[0] += seconds
+            yield 8
+
+    watch = stream_arms.Stopwatch()
+    assert watch.steady(batches(), skip=1) == 16 and watch() == 7
+    assert watch.steady(batches(), skip=0) == 24 and watch() == 7 + 9
+
+
+def test_recordings_hold_what_they_say() -> None:
+    for extension in stream_data.CODECS:
+        data = stream_data.sound(0.5, extension)
+        samples = {name: decode(data) for name, decode in stream_arms.sound_arms(data).items()}
+        assert len(samples) >= 2
+        for decoded in samples.values():
+            assert abs(len(decoded) - 24_000) < 2400 and decoded.abs().max() > 0.1
+        assert torch.equal(samples["ours"], samples["soundfile"])
+
+
+def test_memory_stays_over_epochs(tmp_path: Path) -> None:
+    stream_data.shards(tmp_path, pictures=16, distinct=5, width=480, count=2)
+    growth, held = stream.growth_over_epochs(tmp_path, workers=1, batch=8, batches=2, epochs=20)
+    assert len(held) == 20 and 0.9 < growth < 1.05
+
+
+def test_resident_memory_counts_the_children() -> None:
+    before = resident_mb()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.map(abs, [1])
+        assert 5 < resident_mb() - before < 2000
+    held = torch.ones(50_000_000)
+    assert resident_mb() - before > 150 and len(held)

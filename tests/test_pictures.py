@@ -84,7 +84,7 @@ def by_pillow(pixels: Array, box: Box, size: tuple[int, int]) -> Tensor:
     top, left, height, width = box
     part = Image.fromarray(pixels[top : top + height, left : left + width])
     across = part.resize((size[1], height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(across.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1))
+    return torch.from_numpy(np.array(across.resize((size[1], size[0]), Image.Resampling.BICUBIC)).transpose(2, 0, 1))
 
 
 def levels(a: Tensor, b: Tensor) -> int:
