@@ -516,10 +516,13 @@ def test_the_cache_stays_within_its_limit(tmp_path: Path, site: Site, cache: Cac
         open_shards([address], cache=replace(cache, limit=1000, folder=tmp_path / "tiny")).read(0, "txt")
 
 
-def test_a_shard_that_is_read_stays(tmp_path: Path, site: Site, cache: Cache) -> None:
+@pytest.mark.parametrize("found", [False, True], ids=["brought", "found in the cache"])
+def test_a_shard_that_is_read_stays(tmp_path: Path, site: Site, cache: Cache, found: bool) -> None:
     local = open_shards([str(written(tmp_path / "data", 24, per_shard=2))])
     address = site.put(tmp_path / "data")
     small = replace(cache, limit=3 * max(s.bytes for s in local.shards))
+    if found:
+        open_shards([address], cache=small).read(0, "txt")
     holder, other = open_shards([address], cache=small), open_shards([address], cache=small)
     assert holder.read(0, "txt") == local.read(0, "txt")
     first = cache.path(Address(f"{address}/00000.tar"), hashlib.sha256(site.files["/data/00000.tar"]).hexdigest())
