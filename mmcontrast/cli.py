@@ -416,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(words[1:])
         elif words[:2] == ["check", "grads"] and words[2:]:
             check_grads(words[2:])
-        elif words[:2] == ["check", "shards"] and words[2:]:
+        elif words[:2] == ["check", "shards"]:
             check_shards(words[2:])
         elif words and words[0] in GROUPS:
             commands = GROUPS[words[0]]

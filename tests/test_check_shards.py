@@ -206,6 +206,19 @@ def test_the_same_with_two_processes(shards: Path, checked: Checked) -> None:
     assert alone["modalities"]["text"]["numbers"]["tokens"]["count"] == 26 and alone["evaluations"][0]["shared"]
 
 
+def test_damage_that_no_reader_meets_stops_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "two", {"both": {"jpg": drawn(1, form="JPEG"), "png": drawn(2), "txt": "two pictures"}})
+    content = bytearray((folder / "00000.tar").read_bytes())
+    index = json.loads((folder / "00000.index.json").read_text())
+    content[index["members"]["png"]["offset"][0] + 60] ^= 1  # readers take the jpg
+    (folder / "00000.tar").write_bytes(content)
+    checked = check_shards([str(folder)], workers=0)
+    assert checked.report.bad == 0 and checked.report.modalities["image"].samples == 1
+    [(level, text)] = found(checked, "damage")
+    assert level == "note" and "1 members that are not read are damaged, such as 'both'" in text
+    assert "checksum of png, which is not read" in as_text(checked.report)
+
+
 class Deadly:
     """A tokenizer that kills its process, as the system does where memory runs out."""
 
@@ -552,9 +565,14 @@ def test_what_the_evaluation_data_share_with_the_shards(tmp_path: Path) -> None:
     assert found(checked, "overlap")[0][1].startswith("2 of 4 (50 %) image members of 'val' are in the training shards")
     assert "Overlap with val" in shards_page(checked, samples=1)
 
+    recipe = config(train, evaluate=test)
+    recipe.evaluators |= {"again": recipe.evaluators["val"], str(tmp_path / "clean"): recipe.evaluators["val"]}
     clean = write(tmp_path / "clean", {"x": {"png": drawn(100), "txt": "x"}})
     checked = check_shards([str(train)], against=[str(clean)], workers=0)
     assert checked.report.passed and checked.report.evaluations[0].shared == []
+    named = check_shards([str(train)], demand=demand_of(recipe), against=[str(clean)], workers=0)
+    assert [e.samples for e in named.report.evaluations] == [4, 1]  # each set once, whatever their names
+    assert named.report.evaluations[0].name.startswith("val, again")
     recipe = config(train, evaluate=tmp_path / "not there")
     checked = check_shards([str(train)], demand=demand_of(recipe), workers=0)
     assert found(checked, "overlap")[0][0] == "warning" and "cannot be compared" in found(checked, "overlap")[0][1]

@@ -1,1 +1,1 @@
-"""Checks that a person runs on their own recipe: `grads` proves that one gradient comes of every split."""
+"""Checks before a run: `grads` proves that one gradient comes of every split, `shards` looks through the data."""

@@ -155,7 +155,7 @@ def shards_usage(
         recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json.
         source: which source of the recipe's data the shards are, if it mixes several.
         against: evaluation data that must not be among the shards, beside those of the recipe.
-        sample: samples to examine at most, drawn at random; 0 examines all. Each takes some 50 bytes of memory.
+        sample: samples to examine at most, drawn at random; 0 examines all. Each takes some 60 bytes of memory.
         seed: of that draw, and of the samples on the page.
         ranks: numbers of training processes (GPUs) to plan the run for.
         workers: processes that examine; by default one for each core, at most 16. 0 does it in this one.

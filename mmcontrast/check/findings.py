@@ -72,6 +72,10 @@ def _graded(count: int, total: int, topic: str, text: str, *, limit: float = _MU
 
 def _damage(r: Report) -> Iterator[Finding]:
     if not r.bad and not r.left_out:
+        if r.damage:
+            count = number(sum(d.samples for d in r.damage))
+            text = f"{count} members that are not read are damaged, such as {r.damage[0].examples[0]!r} of"
+            yield Finding("note", "damage", f"{text} {r.damage[0].shard}: {r.damage[0].reason}.")
         return
     told: list[str] = []
     if r.bad:
@@ -93,7 +97,7 @@ def _modalities(r: Report, demand: Demand) -> Iterator[Finding]:
     level = "warning" if demand.run is None else "error"
     for name, source in demand.sources.items():
         missing = r.modalities[name].missing
-        if missing == r.examined:
+        if not any(r.members.get(extension) for extension in source.members):
             there = ", ".join(list(r.members)[:8]) or "nothing"
             text = (
                 f"no sample has the modality {name!r} (members {', '.join(source.members)}); the shards have {there}."

@@ -41,11 +41,11 @@ _SHOWN = 8  # examples of copies
 
 @dataclass(frozen=True)
 class Checked:
-    """The report, and what is needed to show samples: how they are read, and the evaluation data by name."""
+    """The report, and what is needed to show samples: how they and the evaluation data (by patterns) are read."""
 
     report: Report
     job: Job
-    evaluations: Mapping[str, Job]
+    evaluations: Mapping[tuple[str, ...], Job]
     positions: Sequence[int]
 
 
@@ -88,20 +88,20 @@ def check_shards(
         raise ConfigError(f"no member of {patterns[0]} is of a known format; there are: {', '.join(shards.counts)}")
     job = Job(shards, asked.sources, asked.groups, asked.counters)
     evaluated, others = _evaluations(asked, against)
-    opened = {e.name: e for e in evaluated if e.problem is None}
+    opened = [e for e in evaluated if e.problem is None]
     positions = [choose(len(one.shards), sample, seed) for one in (job, *others)]
     found, *asks = survey((job, *others), positions, workers=workers, progress=progress)
     planned, batches = (None, []) if asked.run is None else plan(asked.run, asked.source, ranks)
     known = batches if not asked.made and found.examined == len(shards) else []
     report = _report(tuple(patterns), recipe, job, asked, found, seed, known)
     report.plan, report.evaluations = planned, evaluated
-    for said, other, theirs in zip(opened.values(), others, asks, strict=True):
+    for said, other, theirs in zip(opened, others, asks, strict=True):
         said.samples, said.examined, said.bad = len(other.shards), theirs.examined, theirs.bad
         for modality in asked.sources:
             if modality in found.found and modality in theirs.found:
                 said.shared += _shared(modality, job, found.found[modality], other, theirs.found[modality])
     report.findings = judge(report, asked)
-    return Checked(report, job, dict(zip(opened, others, strict=True)), positions[0])
+    return Checked(report, job, {e.patterns: other for e, other in zip(opened, others, strict=True)}, positions[0])
 
 
 def _evaluations(asked: Demand, against: Sequence[str]) -> tuple[list[Evaluated], list[Job]]:

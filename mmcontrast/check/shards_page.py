@@ -221,7 +221,7 @@ def _beside(a_job: Job, a: Place, b_job: Job, b: Place, note: str) -> Html:
 
 
 def _evaluation(checked: Checked, e: Evaluated) -> Html:
-    other = checked.evaluations[e.name]
+    other = checked.evaluations[e.patterns]
     parts: list[Node] = []
     for s in e.shared:
         same = "look like" if s.by == "look" else "are equal to"
@@ -247,7 +247,8 @@ def _plan(r: Report) -> Node:
     ]
     told = (
         f"{number(p.steps)} steps of {number(p.global_batch)}: {three(p.epochs)} times through the data, "
-        f"{three(p.steps_per_epoch)} steps each time."
+        f"{three(p.steps_per_epoch)} steps each time. The shuffles of a reading process hold {number(p.window_bytes)} "
+        "bytes."
     )
     return section("The run", tag("p", told), table(("ranks", "reading processes", "samples per rank", "lanes"), rows))
 

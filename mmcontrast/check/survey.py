@@ -116,7 +116,7 @@ class Survey:
     Attributes:
         examined: samples that were read.
         bad: of those, how many cannot be used.
-        damage: (shard, reason) -> damage.
+        damage: (shard, reason) -> damage; of members that no reader takes, too.
         present: modalities that a sample has -> samples; a damaged member counts as present.
         extensions: member extension -> samples.
         fields: metadata field -> samples.
@@ -258,21 +258,21 @@ def _examine_here(piece: tuple[int, Sequence[int]]) -> Survey:
 def _examine(job: Job, piece: Sequence[int]) -> Survey:
     found = Survey(groups={name: array("Q") for name in job.groups})
     for position in piece:
-        reasons = _sample(job, position, found)
+        reasons, spare = _sample(job, position, found)
         found.examined += 1
         found.positions.append(position)
         shard, key = place_of(job.shards, position)
         found.keys.append(mark(key.encode("utf-8", "surrogatepass")))
         found.bad += bool(reasons)
-        for reason in dict.fromkeys(reasons):
+        for reason in dict.fromkeys([*reasons, *spare]):
             damage = found.damage.setdefault((shard, reason), Damage())
             damage.count += 1
             damage.keys = [*damage.keys, key][:_EXAMPLES]
     return found
 
 
-def _sample(job: Job, position: int, found: Survey) -> list[str]:
-    """Note one sample, and give the reasons why it cannot be used."""
+def _sample(job: Job, position: int, found: Survey) -> tuple[list[str], list[str]]:
+    """Note one sample; give the reasons why it cannot be used, and what is wrong with members that no reader takes."""
     extensions = job.shards.extensions(position)
     found.extensions.update(extensions)
     reasons: list[str] = []
@@ -315,10 +315,11 @@ def _sample(job: Job, position: int, found: Survey) -> list[str]:
     found.present[tuple(present)] += 1
     if not present:
         reasons.append(f"has none of {', '.join(job.sources)}")
+    spare: list[str] = []
     for extension in extensions:
-        if extension not in read:  # no reader takes it, but what is written must be what lies there
+        if extension not in read:
             try:
                 job.shards.read(position, extension)
             except BadSample as error:
-                reasons.append(str(error))
-    return reasons
+                spare.append(f"{error}, which is not read")
+    return reasons, spare
