@@ -30,7 +30,7 @@ class Source(Configurable):
         """Which shards to read, and how."""
 
         shards: tuple[str, ...]
-        """Folders, globs or ranges such as data/{00000..00099}.tar."""
+        """Folders, globs, ranges such as data/{00000..00099}.tar, or addresses: https, s3, gs, hf."""
         members: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
         """Modality -> member extensions that hold it, where they are not the usual ones."""
         compose: Compose.Config = field(default_factory=Compose.Config)

@@ -39,7 +39,7 @@ class SymileM3(Compose):
         """Where speech is, and which metadata tell languages and names."""
 
         speech: tuple[str, ...]
-        """Folders, globs or ranges of shards with recordings."""
+        """Folders, globs, ranges or addresses of shards with recordings."""
         languages: tuple[str, ...] = ("en", "es", "fr", "it", "ru")
         """One word of the text per language."""
         names: str = "names"
