@@ -602,7 +602,7 @@ def test_the_table_the_file_and_the_page_say_the_same(shards: Path, checked: Che
     assert data["passed"] is False and data["bad_share"] == 0.2
 
 
-def test_the_page_is_whole_and_safe(shards: Path, checked: Checked) -> None:
+def test_the_page_is_whole_and_safe(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
     page = shards_page(checked, samples=50)
     read = Reader(page)
     assert not read.named("script") and "https:" not in page and "http:" not in page
@@ -617,8 +617,13 @@ def test_the_page_is_whole_and_safe(shards: Path, checked: Checked) -> None:
     for finding in checked.report.findings:
         assert finding.text in said
     assert shards_page(checked, samples=50) == page
-    few = Reader(shards_page(checked, samples=3))
-    assert "3 at random (seed 0)." in few.text
+    assert "3 at random (seed 0)." in Reader(shards_page(checked, samples=3)).text
+
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mmcontrast.check.shards_page.picture", fails)
+    assert "image cannot be shown (ZeroDivisionError)" in shards_page(checked, samples=50)
 
 
 def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -651,6 +656,8 @@ def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["nowhere"], "no shards match"),
         (["{shards}", "--sample", "-1"], "sample is -1"),
         (["{shards}", "--ranks", "0"], "at least 1 process"),
+        (["{shards}", "--cards", "-1"], "cards is -1"),
+        (["{shards}", "--html", "{shards}"], "is a folder; name a file in it"),
         (["{shards}", "--", "--steps", "3"], "name it with --recipe"),
         (["{shards}", "--recipe", "emojy"], "did you mean 'emoji'"),
         (["{shards}", "--recipe", "{recipe}", "--source", "web"], "leave out --source web"),

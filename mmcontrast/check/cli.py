@@ -86,6 +86,14 @@ def check_shards(arguments: Sequence[str]) -> None:
     if overrides and recipe is None:
         raise ConfigError("settings behind -- are a recipe's: name it with --recipe")
 
+    if asked["cards"] < 0:
+        raise ConfigError(f"cards is {asked['cards']}; it must be 0 or more")
+    for file in (asked["html"], asked["json_file"]):
+        if file is not None:  # now, not after an hour
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                raise ConfigError(f"{file} is a folder; name a file in it")
+
     demand = None
     if recipe is not None:
         from mmcontrast.check.demand import demand_of

@@ -42,7 +42,8 @@ from mmcontrast.shards import METADATA, BadSample
 
 _HEARD = 3.0  # seconds of a sound on the page
 _RATE = 16_000  # samples per second above which it is thinned
-_SAID = 300  # characters of a caption or of metadata
+_SAID = 300  # characters of a caption; half as many of a metadata field
+_FIELDS = 20  # of the metadata
 _LISTED = 50  # lines of a list without end
 
 
@@ -125,6 +126,8 @@ def _media(job: Job, position: int, key: str) -> list[Node]:
                 found.append(_drawn(source.kind, job.shards.read(position, extension), key))
             except BadSample as error:
                 found.append(tag("div", str(error), class_="bad"))
+            except Exception as error:  # as in the survey: no single sample may cost the page
+                found.append(tag("div", f"{modality} cannot be shown ({type(error).__name__})", class_="bad"))
     return found
 
 
@@ -154,11 +157,11 @@ def _metadata(job: Job, position: int) -> Node:
         meta = decode.metadata(job.shards.read(position, METADATA))
     except BadSample as error:
         return tag("div", str(error), class_="bad")
-    said = "\n".join(
+    fields = [
         f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-        for name, value in meta.items()
-    )
-    return tag("div", said if len(said) <= 2 * _SAID else said[: 2 * _SAID] + "…", class_="facts") if said else None
+        for name, value in list(meta.items())[:_FIELDS]
+    ]
+    return tag("div", "\n".join(cut(field, _SAID // 2) for field in fields), class_="facts") if fields else None
 
 
 def _modality(checked: Checked, m: Modality) -> Node:

@@ -44,9 +44,8 @@ def as_text(r: Report) -> str:
 
 def headline(r: Report) -> str:
     """What was looked at."""
-    size = next(
-        f"{r.bytes / f:.3g} {u}" for f, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if r.bytes >= f
-    )
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    size = next((f"{r.bytes / f:.3g} {u}" for f, u in units if r.bytes >= f), f"{r.bytes} bytes")
     named = " ".join(r.patterns)
     shards = f"{number(r.shards)} {'shard' if r.shards == 1 else 'shards'}"
     part = "every sample was decoded"
