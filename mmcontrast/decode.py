@@ -217,6 +217,7 @@ class Sound:
     rate: int
     frames: int
     _part: Callable[[int, int], Tensor]
+    _integers: bool = False  # in the file, so that none can be infinite
 
     def read(self, start: int = 0, frames: int | None = None) -> Tensor:
         """Mono float32 [frames] from `start`; to the end by default.
@@ -230,7 +231,7 @@ class Sound:
             raise BadSample("audio is cut off")
         first, *others = found.unbind(1)  # torch's mean over so few would take longer than decoding them
         mono = sum(others, first) / found.shape[1] if others else first
-        if not bool(mono.sum().isfinite()):  # one pass, and no mask
+        if not self._integers and not bool(mono.sum().isfinite()):  # one pass, and no mask
             raise BadSample("audio has values that are not finite")
         return mono
 
@@ -274,7 +275,7 @@ def audio(data: bytes) -> Sound:
     if frames < 1:
         raise BadSample("audio is empty")
     ready = [opened]  # for the first reading; Ogg finds its length by a search that would be done twice
-    return Sound(rate, frames, part)
+    return Sound(rate, frames, part, opened.subtype in ("PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8"))
 
 
 def text(data: bytes) -> str:
