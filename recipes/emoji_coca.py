@@ -4,7 +4,9 @@ mmcontrast prep emoji data/emoji
 mmcontrast train emoji_coca
 mmcontrast caption runs/emoji_coca PICTURE...
 
-EfficientNet-Lite0 stays as it is at 96 pixels; poolers, text tower and decoder learn from nothing.
+EfficientNet-Lite0 stays as it is at 96 pixels; poolers, text tower and decoder learn from nothing. After 300 steps it
+writes .59 of the training pictures' names exactly, and of concepts that it never saw none, as must be; but .27 of what
+it writes of them shares a word with the name (a random training name: .02).
 """
 
 from __future__ import annotations
