@@ -80,13 +80,13 @@ class Plan:
     distinct: int = 128
     rounds: int = 5
     crops: int = 200
-    classified: int = 400
+    classified: int = 200
     seconds: tuple[float, float] = (10, 60)
     epochs: int = 20
     epoch: int = 16
 
 
-QUICK = Plan(batches=10, rounds=3, distinct=32, crops=40, classified=100, epochs=10)
+QUICK = Plan(batches=10, rounds=3, distinct=32, crops=40, classified=50, epochs=10)
 
 Section = Callable[[Plan, Path, Report], None]
 """Measures something with a folder for its data."""

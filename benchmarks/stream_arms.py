@@ -199,9 +199,12 @@ def classifier() -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]:
     load_tower(model, read_weights(path), path)
 
     def classify(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        found: list[Tensor] = []
         with torch.no_grad():
-            pixels = (torch.stack(list(pictures)).float().contiguous() - 127) / 128
-            features = model.forward_head(model.forward_features(pixels), pre_logits=True)
+            for some in torch.stack(list(pictures)).split(32):
+                maps = model.forward_features((some.float().contiguous() - 127) / 128)
+                found.append(model.forward_head(maps, pre_logits=True))
+            features = torch.cat(found)
             return model.classifier(features).argmax(1), torch.nn.functional.normalize(features)
 
     return classify
