@@ -2,8 +2,9 @@
 
     python -m benchmarks.loss [--quick] [--only SECTION ...] [--json FILE] [--chart FILE.svg]
 
-Forward and backward, float32, d = 512, blocks of 1024 anchors as in the trainer, two threads unless an arm says otherwise. Standard output
-has one JSON object per arm, standard error progress and at the end a Markdown table; FILE has all of it.
+Forward and backward, float32, d = 512, blocks of 1024 anchors as in the trainer, two threads unless an arm says
+otherwise. Standard output has one JSON object per arm, standard error progress and at the end a Markdown table; FILE
+has all of it.
 
 Ratios are ours / the peer's, medians of same-round ratios, where the name says time, memory or bytes. Exceptions:
 

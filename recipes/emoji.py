@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmcontrast.data import Stream
 from mmcontrast.encoders import TimmImage
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.recipes import image_text
@@ -20,6 +21,7 @@ def recipe() -> Trainer.Config:
     assert isinstance(image, TimmImage.Config)
     image.image_size = 64
     config.out = Path("runs/emoji")
+    assert isinstance(config.data, Stream.Config)
     config.data.shards = ("data/emoji/train",)
     config.data.workers = 1
     config.evaluators = {"val": Retrieval.Config(data=("data/emoji/val",))}

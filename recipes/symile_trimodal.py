@@ -32,7 +32,7 @@ def recipe() -> Trainer.Config:
     image = image_text.recipe().model.encoders["image"]
     assert isinstance(image, TimmImage.Config)
     # Frozen: a tower from scratch would first have to tell the pictures apart, before any product can.
-    image.image_size, image.freeze, image.crop_scale = 48, ("all",), (0.8, 1.0)
+    image.image_size, image.freeze, image.crop_scale = 32, ("all",), (0.8, 1.0)
     image.color_jitter = image.grayscale = 0.0
     return Trainer.Config(
         out=Path("runs/symile_trimodal"),
@@ -62,6 +62,6 @@ def recipe() -> Trainer.Config:
             )
         },
         checkpoint=Checkpoints.Config(every=100),
-        steps=700,
+        steps=1100,
         global_batch=256,
     )

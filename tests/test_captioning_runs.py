@@ -19,6 +19,7 @@ from mmcontrast import load
 from mmcontrast.batch import Batch
 from mmcontrast.checkpoint import list_checkpoints, read_tensors
 from mmcontrast.config import ConfigError
+from mmcontrast.data import Stream
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.trainer import Trainer
@@ -64,6 +65,7 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_give_the_weights_of_one_where_a_rank_has_no_captions(tmp_path: Path) -> None:
     data = write_few_captions(tmp_path / "data")
     config = replace(coca.recipe(), out=tmp_path / "one", steps=4)
+    assert isinstance(config.data, Stream.Config)
     config.data.shards = (str(data),)
     trainer: Trainer = config.build()
     head = head_of(trainer.model)
@@ -91,6 +93,7 @@ def test_a_run_resumes_and_what_is_loaded_writes_the_same(tmp_path: Path) -> Non
     """It learns to name the shapes, goes on after a loss of its last steps, and is loaded with the same words."""
     data = shapes.write_shapes(tmp_path / "data")
     config = replace(coca.recipe(), out=tmp_path / "run", steps=60, global_batch=24, micro_batch=12, block=None)
+    assert isinstance(config.data, Stream.Config)
     config.data.shards, config.checkpoint.every = (str(data),), 50
     config.optimizer.lr, config.optimizer.weight_decay = 1e-2, 0.0
     trainer: Trainer = config.build()
@@ -114,6 +117,7 @@ def test_a_run_resumes_and_what_is_loaded_writes_the_same(tmp_path: Path) -> Non
 
 def test_a_head_and_an_objective_of_one_name_are_refused(tmp_path: Path) -> None:
     config = replace(coca.recipe(), out=tmp_path / "run", objectives={"caption": InfoNCE.Config()})
+    assert isinstance(config.data, Stream.Config)
     config.data.shards = (str(shapes.write_shapes(tmp_path / "data")),)
     with pytest.raises(ConfigError, match="both called 'caption'"):
         config.build()

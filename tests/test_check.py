@@ -24,6 +24,7 @@ from mmcontrast.check.report import Proof
 from mmcontrast.check.tracing import Trace, first_unexplained
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
+from mmcontrast.data import Stream
 from mmcontrast.encoders import CoCaText, ViT
 from mmcontrast.heads import Captioning
 from mmcontrast.objectives import InfoNCE
@@ -236,6 +237,7 @@ def test_a_modality_that_no_sample_has_is_not_called_proved(shards: Path, tmp_pa
             members: dict[str, bytes | str | dict[str, str]] = {"txt": f"text {number}"}
             writer.write(Sample(f"{number:04d}", members | ({"png": picture("red", "bar")} if number == 59 else {})))
     config = recipe(tmp_path / "few")
+    assert isinstance(config.data, Stream.Config)
     config.data.window = 1  # in the order of the shards: the picture comes last
     proof = checked(config, rows=8)
     assert not proof.passed

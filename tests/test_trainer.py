@@ -27,6 +27,7 @@ from mmcontrast.checkpoint import (
     read_tensors,
 )
 from mmcontrast.config import ConfigError
+from mmcontrast.data import Stream
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.eval.zero_shot import ZeroShot
 from mmcontrast.objectives import InfoNCE
@@ -46,6 +47,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(out: Path, shards: Path, **changes: object) -> Trainer.Config:
     config = replace(recipe(), out=out, **changes)
+    assert isinstance(config.data, Stream.Config)
     config.data.shards = (str(shards),)
     return config
 

@@ -25,7 +25,7 @@ class Tally:
     def add(self, batch: Batch) -> None:
         """Count a batch of this rank."""
         for modality, rows in batch.rows.items():
-            for row in rows.tolist():
+            for row in map(int, rows):
                 self.held[batch.sources[row], modality] += 1
         self.damage.update((shard, reason) for shard, _, reason in batch.skipped)
 
