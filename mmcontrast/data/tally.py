@@ -25,7 +25,8 @@ class Tally:
     def add(self, batch: Batch) -> None:
         """Count a batch of this rank."""
         for modality, rows in batch.rows.items():
-            for row in map(int, rows):
+            having: list[int] = rows.tolist()  # at once: a tensor is slow to step through
+            for row in having:
                 self.held[batch.sources[row], modality] += 1
         self.damage.update((shard, reason) for shard, _, reason in batch.skipped)
 
