@@ -368,7 +368,7 @@ class Trainer(Configurable):
 
     def tallied(self) -> Tally:
         """What all ranks have read so far; every rank must ask."""
-        return Tally().merge(self.world.gather_objects(self.tally))
+        return Tally.merged(self.world.gather_objects(self.tally))
 
     def data_values(self, step: int) -> Mapping[str, float]:
         """Counts of what was read before a step, by name.

@@ -94,8 +94,10 @@ class Compose(Configurable):
 
     def _drop(self, raw: Mapping[str, Any], draw: Random) -> Mapping[str, Any]:
         """What is left; if nothing would be, one of the modalities, each as likely as another."""
-        kept = [m for m in sorted(raw) if draw.random() >= self.drop.get(m, 0.0)]
-        kept = kept or [sorted(raw)[pick(draw, len(raw))]] if raw else []
+        names = sorted(raw)
+        kept = [m for m in names if draw.random() >= self.drop.get(m, 0.0)]
+        if names and not kept:
+            kept = [names[pick(draw, len(names))]]
         return {m: raw[m] for m in kept}
 
     def anchor(self, number: int) -> int:
@@ -159,7 +161,8 @@ class Captions(Compose):
     def raw(self, position: int, draw: Random) -> Mapping[str, Any]:
         """The sample with one caption, or none where it has none of them."""
         found = dict(super().raw(position, draw))
-        there = {c: captions for c in self.config.choices if (captions := self._captions(position, c))}
+        fields = self.reader.meta(position) if any(":" in choice for choice in self.config.choices) else {}
+        there = {c: captions for c in self.config.choices if (captions := self._captions(position, c, fields))}
         if there:
             shares = [self.config.choices[c] for c in there]
             # The last one, should rounding leave the draw beyond all of them.
@@ -168,10 +171,10 @@ class Captions(Compose):
             found[self.config.text] = captions[pick(draw, len(captions))]
         return found
 
-    def _captions(self, position: int, choice: str) -> list[str]:
+    def _captions(self, position: int, choice: str, fields: Mapping[str, Any]) -> list[str]:
         member, _, name = choice.partition(":")
         if name:
-            value = self.reader.meta(position).get(name)
+            value = fields.get(name)
             values = cast(list[Any], value) if isinstance(value, list) else [value]
             return [v.strip() for v in values if isinstance(v, str) and v.strip()]
         try:

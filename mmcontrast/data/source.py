@@ -46,7 +46,7 @@ class Source(Configurable):
         name: str = "",
         seed: int,
         lanes: int,
-        lane_batch: int,
+        global_batch: int,
         first_id: int = 0,
     ) -> None:
         """Open the shards.
@@ -57,7 +57,7 @@ class Source(Configurable):
             name: of one of several sources; the only one has none.
             seed: of its order and augmentation.
             lanes: places that are read at once.
-            lane_batch: turns of a lane in a step.
+            global_batch: examples of a step, whichever source they are of.
             first_id: id of its first sample.
 
         Raises:
@@ -75,7 +75,7 @@ class Source(Configurable):
         self.order = Order(
             self.compose.counts(),
             seed=seed,
-            global_batch=lanes * lane_batch,
+            global_batch=global_batch,
             window=config.window,
             lanes=lanes,
         )

@@ -63,15 +63,10 @@ class Batches(Configurable):
     ) -> None:
         if config.workers < 0 or config.timeout < 0:
             raise ConfigError(f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more")
-        if global_batch < 1:
-            raise ConfigError(f"the global batch is {global_batch}; it must be at least 1")
         if global_batch % world:
             raise ConfigError(f"the global batch ({global_batch}) must be a multiple of the ranks ({world})")
-        if config.lanes < 1 or global_batch % config.lanes:
-            raise ConfigError(f"lanes ({config.lanes}) must divide the global batch ({global_batch})")
-        self.config, self.transforms, self.pure = config, transforms, pure
+        self.config, self.transforms = config, transforms
         self.seed, self.global_batch, self.rank = seed, global_batch, rank
-        self.lane_batch = global_batch // config.lanes
         self.sources: list[Source] = []
         for name, settings in sources.items():
             self.sources.append(
@@ -81,7 +76,7 @@ class Batches(Configurable):
                     name=name,
                     seed=fold_seed(seed, "source", name) if name else seed,
                     lanes=config.lanes,
-                    lane_batch=self.lane_batch,
+                    global_batch=global_batch,
                     first_id=sum(len(s) for s in self.sources),
                 )
             )
@@ -95,6 +90,7 @@ class Batches(Configurable):
                     f"no source has the modality {modality!r}; they have "
                     + "; ".join(f"{s.name}: {', '.join(s.modalities)}" for s in self.sources)
                 )
+        self.lane_batch = global_batch // config.lanes  # which every source's order has found to divide it
         # A turn is one example of each lane, or with pure batches a step.
         self._per_turn = self.lane_batch if pure else 1
         self.schedule = Schedule(
@@ -113,11 +109,9 @@ class Batches(Configurable):
     def place(self, step: int, slot: int) -> tuple[int, int, int]:
         """(source, lane, turn) of a slot of the global batch; the turn counts the lane's examples of this source."""
         lane, place = divmod(slot, self.lane_batch)
-        if self.pure:
-            source, before = self.schedule.at(step)
-            return source, lane, before * self.lane_batch + place
-        source, before = self.schedule.at(step * self.lane_batch + place)
-        return source, lane, before
+        turn, example = divmod(step * self.lane_batch + place, self._per_turn)
+        source, before = self.schedule.at(turn)
+        return source, lane, before * self._per_turn + example
 
     def seen(self, step: int) -> dict[str, int]:
         """Source -> examples of it before a step, of all ranks."""

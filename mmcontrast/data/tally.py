@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmcontrast.batch import Batch
@@ -11,7 +11,7 @@ from mmcontrast.config import ConfigError
 
 
 class Tally:
-    """Counts of one rank; `merge` those of all.
+    """Counts of one rank; `merged` makes those of all.
 
     Attributes:
         held: (source, modality) -> examples that had it.
@@ -30,10 +30,11 @@ class Tally:
                 self.held[batch.sources[row], modality] += 1
         self.damage.update((shard, reason) for shard, _, reason in batch.skipped)
 
-    def merge(self, others: list[Tally]) -> Tally:
-        """This and others, as one."""
+    @staticmethod
+    def merged(tallies: Iterable[Tally]) -> Tally:
+        """Several as one."""
         found = Tally()
-        for tally in (self, *others):
+        for tally in tallies:
             found.held.update(tally.held)
             found.damage.update(tally.damage)
         return found
