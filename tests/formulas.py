@@ -148,7 +148,10 @@ def siglip_formula(
 def symile_formula(
     o: Objective, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int
 ) -> Tensor:
-    """Shuffled tuples take the rows that `prepare` drew; all tuples are counted out."""
+    """Shuffled tuples take the rows that `prepare` drew; others are counted out.
+
+    A tuple is its rows, one per modality; the anchor keeps its own, or of "single" is the one that is exchanged.
+    """
     assert isinstance(o, Symile)
     config, names = o.config, o.config.modalities
     rows, has = rows_of(z, present)
@@ -167,6 +170,8 @@ def symile_formula(
     terms: list[Tensor] = []
     for anchor in names:
         others = [m for m in names if m != anchor]
+        if config.negatives == "single":
+            others = [anchor]
         if config.negatives == "shuffled":
             columns = list(zip(*(taken[f"{anchor}/{m}"].tolist() for m in others), strict=True))
         else:
@@ -179,14 +184,17 @@ def symile_formula(
                     product = product * rows[m][j]
                 products.append((column, product))
         for i in complete:
-            own = rows[anchor][i]
+            kept = torch.ones_like(rows[anchor][i])
+            for m in names:
+                kept = kept if m in others else kept * rows[m][i]
+            own = kept
             for m in others:
                 own = own * rows[m][i]
             positive = (scale * own.sum()).exp()
             denominator = positive
             for column, product in products:
                 if not any(all(label[j] == label[i] for j in column) for label in labels):
-                    denominator = denominator + (scale * (rows[anchor][i] * product).sum()).exp()
+                    denominator = denominator + (scale * (kept * product).sum()).exp()
             terms.append(-torch.log(positive / denominator))
     return total(terms) / max(1, len(complete)) / len(names)
 

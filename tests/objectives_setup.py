@@ -35,6 +35,7 @@ EVERY: dict[str, Objective.Config] = {
     "SigLIP": SigLIP.Config(never_negative=("patient",)),
     "Symile": Symile.Config(modalities=THREE),
     "Symile of all": Symile.Config(modalities=THREE, negatives="all", never_negative=("patient",)),
+    "Symile of single exchanges": Symile.Config(modalities=THREE, negatives="single", never_negative=("patient",)),
     "Symile that learns what is missing": Symile.Config(modalities=THREE, learned_missing=8, normalize=True),
     "Alignment": Alignment.Config(pairs=PAIRS),
     "Uniformity": Uniformity.Config(modalities=THREE),

@@ -114,12 +114,16 @@ OBJECTIVES: dict[str, tuple[dict[str, Objective.Config], dict[str, Formula]]] = 
             "two": Symile.Config(modalities=("image", "text"), scale=40.0, weight=0.5),
             "three": Symile.Config(modalities=THREE, normalize=True, never_negative=PATIENT, scale=3.0),
             "four": Symile.Config(modalities=(*THREE, "touch"), scale=200.0, weight=0.7),
+            "single": Symile.Config(modalities=THREE, negatives="single", never_negative=PATIENT, scale=50.0),
         },
-        dict.fromkeys(("two", "three", "four"), symile_formula),
+        dict.fromkeys(("two", "three", "four", "single"), symile_formula),
     ),
     "symile, missing learned": (
-        {"a": Symile.Config(modalities=THREE, learned_missing=DIM, scale=10.0, weight=0.5)},
-        {"a": symile_formula},
+        {
+            "a": Symile.Config(modalities=THREE, learned_missing=DIM, scale=10.0, weight=0.5),
+            "single": Symile.Config(modalities=THREE, negatives="single", learned_missing=DIM, scale=40.0),
+        },
+        dict.fromkeys(("a", "single"), symile_formula),
     ),
     "symile, all tuples": (
         {

@@ -119,7 +119,7 @@ def test_all_tuples_of_four_modalities(missing: float) -> None:
         torch.testing.assert_close(got.gradients[m], leaf.grad * data.present[m][:, None], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("negatives", ["shuffled", "all"])
+@pytest.mark.parametrize("negatives", ["shuffled", "single", "all"])
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 def test_symile_of_two_modalities_is_infonce(negatives: Any, missing: float) -> None:
     data = draw(13, missing=missing)

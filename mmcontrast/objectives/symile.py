@@ -38,8 +38,13 @@ class Symile(ScoreObjective):
       (at another place than the diagonal); here it is masked wherever it falls, and so are tuples that consist of
       samples with the same id, or of one group of `never_negative`, as the anchor.
     - "all": all N^(M-1) tuples, streamed: time O(N^M D), memory O(block N). For small N.
+    - "single": not the paper's. The tuples differ from the row's own in one modality alone: the row's others together
+      ask for z_a among all rows' z_a, s_ij = scale * sum_d z_a[j] prod_{m != a} z_m[i], which is the question that
+      zero-shot retrieval asks. At the optimum e^s is p(z_a | others) / p(z_a) up to a factor of the others, so the
+      loss bounds I(z_a; others) where the paper's bounds the total correlation. Every negative is hard: where tuples
+      that differ in all modalities are told apart by one of them, the others learn little.
 
-    With two modalities both are InfoNCE with a temperature for both directions.
+    With two modalities all three are InfoNCE with one temperature for both directions.
 
     A sample takes part if it has all modalities; its single embeddings serve as negatives in any case. With
     `learned_missing` every sample takes part, a learned embedding standing in for what it lacks.
@@ -64,10 +69,10 @@ class Symile(ScoreObjective):
         """Learn the scale, or keep its start."""
         normalize: bool = False
         """Multiply scores by D^((M-1)/2)."""
-        negatives: Literal["shuffled", "all"] = "shuffled"
-        """N tuples per anchor, or all N^(M-1)."""
+        negatives: Literal["shuffled", "single", "all"] = "shuffled"
+        """N tuples per anchor: all others shuffled, or a single modality exchanged; or all N^(M-1)."""
         never_negative: tuple[str, ...] = ()
-        """Groups: a tuple whose parts all have the anchor's label is no negative."""
+        """Groups: a tuple whose exchanged parts all have the row's label is no negative."""
         learned_missing: int | None = None
         """D, to learn an embedding that stands in for a missing modality; None leaves incomplete tuples out."""
 
@@ -80,7 +85,7 @@ class Symile(ScoreObjective):
             raise ConfigError(f"Symile scale {config.scale} must be above 0 and at most max_scale ({config.max_scale})")
         self.config = config
         self.modalities = self.candidates = names
-        self.separable = config.negatives == "shuffled"
+        self.separable = config.negatives != "all"
         self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
         if config.learned_missing is not None:
             width = config.learned_missing
@@ -93,7 +98,7 @@ class Symile(ScoreObjective):
 
         C is the number of rows of the modality that fewest have, so no row is used twice and none is empty.
         """
-        if self.config.negatives == "all":
+        if self.config.negatives != "shuffled":
             return {}
         generator = torch.Generator().manual_seed(fold_seed("symile", step))
         found: dict[str, Tensor] = {}
@@ -110,6 +115,9 @@ class Symile(ScoreObjective):
         """For each anchor modality one matrix, or for "all" one for each combination of the others but the last."""
         for anchor in self.modalities:
             others = [m for m in self.modalities if m != anchor]
+            if self.config.negatives == "single":
+                yield self._question(block, anchor, others)
+                continue
             if self.config.negatives == "shuffled":
                 taken = [block.aux[f"{anchor}/{m}"] for m in others]
                 parts = [self._candidates(block, m)[rows] for m, rows in zip(others, taken, strict=True)]
@@ -153,9 +161,6 @@ class Symile(ScoreObjective):
     def _matrix(self, block: Block, anchor: str, columns: Tensor, taken: list[Tensor], has_column: Tensor) -> Scores:
         """Scores of the anchors against columns whose parts come from the rows `taken`."""
         others = [m for m in self.modalities if m != anchor]
-        scale = self.log_scale.exp()
-        if self.config.normalize:
-            scale = scale * columns.shape[1] ** (len(others) / 2)
         labels: list[tuple[Tensor, Tensor]] = []
         for of_rows, label in labels_of(block, self.config.never_negative, "Symile.never_negative"):
             parts = [label[rows] for rows in taken]
@@ -166,12 +171,31 @@ class Symile(ScoreObjective):
             anchors=self._anchors(block, anchor),
             candidates=columns,
             positives=_product([self._anchors(block, m) for m in others]),
-            scale=scale,
+            scale=self._scale(columns.shape[1]),
             has_row=self._complete(block.present)[block.rows],
             has_column=has_column,
             labels=labels,
             wants=frozenset({"rows"}),
         )
+
+    def _question(self, block: Block, asked: str, known: list[str]) -> Scores:
+        """Scores of the product of what is known against all rows of what is asked for."""
+        columns = self._candidates(block, asked)
+        return Scores(
+            name=asked,
+            anchors=_product([self._anchors(block, m) for m in known]),
+            candidates=columns,
+            positives=self._anchors(block, asked),
+            scale=self._scale(columns.shape[1]),
+            has_row=self._complete(block.present)[block.rows],
+            has_column=self._present(block.present, asked),
+            labels=labels_of(block, self.config.never_negative, "Symile.never_negative"),
+            wants=frozenset({"rows"}),
+        )
+
+    def _scale(self, dims: int) -> Tensor:
+        scale = self.log_scale.exp()
+        return scale * dims ** ((len(self.modalities) - 1) / 2) if self.config.normalize else scale
 
     def _present(self, present: Mapping[str, Tensor], modality: str) -> Tensor:
         """[N] bool: whose embedding there is, learned ones included."""
