@@ -42,7 +42,8 @@ from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
 from mmcontrast.sharding import Result, World, value_and_grad
 
 _FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "micro_batch", "block", "keep_bytes")
-_FREE_DATA = ("shards", "workers", "timeout", "max_bad_fraction")  # which data they are, the fingerprint says
+# Which data they are, the fingerprint says.
+_FREE_DATA = ("shards", "workers", "threads", "timeout", "max_bad_fraction")
 
 
 class Evaluator(Protocol):

@@ -51,7 +51,7 @@ def recipe() -> Trainer.Config:
             workers=1,
         ),
         # The product of three unit vectors of 512 dimensions is small: a start at CLIP's 14 learns slowly.
-        objectives={"symile": Symile.Config(modalities=("image", "audio", "text"), scale=200.0)},
+        objectives={"symile": Symile.Config(modalities=("image", "audio", "text"), scale=60.0, negatives="single")},
         optimizer=AdamW.Config(lr=5e-3, weight_decay=0.1),
         evaluators={
             "test": Joint.Config(

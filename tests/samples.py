@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmcontrast.batch import Batch
+from mmcontrast.encoders.base import Transform
 
 SIDE = 12
 
@@ -25,7 +26,7 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-class Bytes:
+class Bytes(Transform):
     """Text -> [64] uint8."""
 
     kind = "text"
@@ -41,13 +42,16 @@ class Bytes:
         }
 
 
-class Picture:
-    """The picture as it is."""
+class Picture(Transform):
+    """The picture as it is, decoded in any thread."""
 
     kind = "image"
 
     def __call__(self, value: Any) -> Tensor:
         return value.read()
+
+    def begin(self, value: Any) -> Callable[[], Tensor]:
+        return partial(self, value)
 
     def collate(self, values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values))

@@ -22,6 +22,7 @@ from mmcontrast.data.compose import pick
 from mmcontrast.data.reader import Reader
 from mmcontrast.data.stream import Stream as StreamOfFile
 from mmcontrast.decode import Sound
+from mmcontrast.encoders.base import Transform
 from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.shards import BadSample, open_shards
 from tests.tiny import png
@@ -31,7 +32,7 @@ PROMPTS = 4  # per language
 CLASSES = 12
 
 
-class Number:
+class Number(Transform):
     """A picture or a sound as the number that its samples hold; a text as the bytes of its words."""
 
     def __init__(self, kind: str) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mmcontrast.data.reader import Reader
 from mmcontrast.decode import image, metadata, picture_from, text
+from mmcontrast.encoders.base import Transform
 from mmcontrast.encoders.image import ImageTransform
 from mmcontrast.shards import BadSample, open_shards
 
@@ -293,7 +294,7 @@ class _Payload:
         return (exec, (f"open({str(self.path)!r}, 'w').write('ran')",))
 
 
-class TextAsIs:
+class TextAsIs(Transform):
     kind = "text"
 
     def __call__(self, value: str) -> str:

@@ -21,6 +21,7 @@ from mmcontrast import decode
 from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import Reader
 from mmcontrast.data_prep.index import prepare
+from mmcontrast.encoders.base import Transform
 from mmcontrast.manifest import MANIFEST
 from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.shards import BadSample, index_path, open_shards
@@ -167,7 +168,7 @@ def memory_below(limit: int) -> Generator[None]:
         tracemalloc.stop()
 
 
-class AsItIs:
+class AsItIs(Transform):
     """Reads what it is given, in full."""
 
     def __init__(self, kind: str) -> None:

@@ -28,6 +28,7 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.data import Stream
 from mmcontrast.data_prep import index as prep_index
+from mmcontrast.encoders.base import Transform
 from mmcontrast.manifest import MANIFEST, find_shards
 from mmcontrast.remote import Address, Patience
 from mmcontrast.shard_cache import BYTES_VARIABLE, FOLDER_VARIABLE, Cache
@@ -766,7 +767,7 @@ def test_a_local_file_address_is_a_path(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- training
 
 
-class Length:
+class Length(Transform):
     """Text -> its length."""
 
     kind = "text"

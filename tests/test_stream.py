@@ -465,21 +465,47 @@ class Killed(Picture):
 
 
 class Hung(Picture):
-    """Never answers, as a network disk that went away."""
+    """Never answers, as a network disk that went away; or at one picture alone, by the sum of its pixels."""
 
-    def __call__(self, value: Tensor) -> Tensor:
-        if multiprocessing.parent_process() is not None:
+    def __init__(self, only: int | None = None) -> None:
+        self.only = only
+
+    def __call__(self, value: Any) -> Tensor:
+        found = value.read()
+        if multiprocessing.parent_process() is not None and self.only in (None, int(found.sum())):
             multiprocessing.Event().wait(60)
-        return value
+        return found
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("transform", "text"), [(Killed(), "exited unexpectedly|killed"), (Hung(), "timed out")])
-def test_a_worker_that_dies_or_hangs_ends_the_run(data: Path, transform: Any, text: str) -> None:
-    batches = stream(data, {"image": transform}, workers=1, timeout=1.0).batches(4, 9)
+def test_a_worker_that_dies_or_hangs_ends_the_run(data: Path, transform: Any, text: str, threads: int) -> None:
+    batches = stream(data, {"image": transform}, workers=1, timeout=1.0, threads=threads).batches(4, 9)
     with pytest.raises(RuntimeError, match=text) as caught:
         next(batches)
     assert "reading step 4 failed" in str(caught.value) and "data.workers" in str(caught.value)
+
+
+@pytest.mark.timeout(30)
+def test_of_several_threads_the_one_that_hangs_names_its_sample(data: Path) -> None:
+    plain = stream(data)
+    fourth = plain.batch(4)
+    shard, place = plain.sources[0].shards.locate(int(fourth.ids[fourth.rows["image"][2]]))
+    hung = Hung(only=int(fourth.inputs["image"][2].sum()))
+    with pytest.raises(RuntimeError) as caught:
+        next(stream(data, {"image": hung}, workers=1, timeout=1.0, threads=3).batches(4, 9))
+    assert f"at sample {place} of {plain.sources[0].shards.shards[shard].path}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_a_batch(data: Path, threads: int) -> None:
+    """Draws of the crop, damage and what replaces it included; and torch keeps its own number of threads."""
+    before = torch.get_num_threads()
+    for transforms in (None, {"image": augmented(), "text": Bytes()}):
+        one, several = stream(data, transforms, threads=1), stream(data, transforms, threads=threads)
+        assert all(equal(one.batch(step), several.batch(step)) for step in range(6))
+    assert torch.get_num_threads() == before
 
 
 # -------------------------------------------------------------------------------------------- micro-batches

@@ -21,6 +21,7 @@ from mmcontrast.data_prep import prompts, stamps
 from mmcontrast.data_prep.debian import package_files
 from mmcontrast.data_prep.split import split_of
 from mmcontrast.decode import image
+from mmcontrast.encoders.base import Transform
 from mmcontrast.shards import ShardSet, open_shards, read_manifest
 
 SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='40' height='20'><rect width='20' height='20' fill='{}'/></svg>"
@@ -97,7 +98,7 @@ def write_prompts(root: Path) -> None:
         texts_path.write_bytes(gzip.compress(texts[language].encode()))
 
 
-class Plain:
+class Plain(Transform):
     """Decoded values as they are."""
 
     def __init__(self, kind: str) -> None:

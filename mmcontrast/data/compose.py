@@ -8,7 +8,7 @@ a run resumes in their midst.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from random import Random
@@ -87,10 +87,18 @@ class Compose(Configurable):
         Raises:
             BadSample: one of its samples is damaged, or it has none of the modalities.
         """
+        return self.begin(position, seed, meta=meta)()
+
+    def begin(self, position: int, seed: int, *, meta: bool = True) -> Callable[[], Example]:
+        """The same in two parts: all that is read and drawn is so here, what is returned may run in another thread.
+
+        Raises:
+            BadSample: one of its samples is damaged, or it has none of the modalities; also from what is returned.
+        """
         raw = self.raw(position, Random(fold_seed(seed, "compose")))
         if self.drop:
             raw = self._drop(raw, Random(fold_seed(seed, "drop")))
-        return self.reader.prepare(position, raw, self.meta(position) if meta else {})
+        return self.reader.begin(position, raw, self.meta(position) if meta else {})
 
     def _drop(self, raw: Mapping[str, Any], draw: Random) -> Mapping[str, Any]:
         """What is left; if nothing would be, one of the modalities, each as likely as another."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,10 @@ class Transform(Protocol):
 
     def __call__(self, value: Any) -> Any:
         """One decoded sample -> one model input."""
+        ...
+
+    def begin(self, value: Any) -> Callable[[], Any]:
+        """The same in two parts: all random draws are made now, the rest when the result is called, in any thread."""
         ...
 
     def collate(self, values: Sequence[Any]) -> Any:
@@ -120,22 +125,26 @@ class Reader:
             BadSample: a member is damaged, or the sample has none of the modalities.
         """
         raw = {m: value for m in self.members if (value := self.raw(position, m)) is not None}
-        return self.prepare(position, raw, self.meta(position) if meta else {})
+        return self.begin(position, raw, self.meta(position) if meta else {})()
 
-    def prepare(self, position: int, raw: Mapping[str, Any], meta: Mapping[str, Any]) -> Example:
-        """Decoded values of a sample -> what the model takes.
+    def begin(self, position: int, raw: Mapping[str, Any], meta: Mapping[str, Any]) -> Callable[[], Example]:
+        """Decoded values of a sample -> what makes of them what the model takes. All random draws are made here.
 
         Raises:
-            BadSample: there is none, or one of them cannot be used.
+            BadSample: there is none, or one of them cannot be used; also from what is returned.
         """
         if not raw:
             raise BadSample(f"has none of {', '.join(self.transforms)}")
-        inputs = {m: self.transforms[m](value) for m, value in raw.items()}
-        return Example(position, self.shards.name(position)[1], inputs, meta)
+        begun = {m: self.transforms[m].begin(value) for m, value in raw.items()}
+        return partial(_finish, position, self.shards.name(position)[1], begun, meta)
 
     def collate(self, examples: Sequence[Example], skipped: Sequence[tuple[str, str, str]] = ()) -> Batch:
         """Examples -> Batch."""
         return collate(self.transforms, examples, skipped=skipped)
+
+
+def _finish(position: int, key: str, begun: Mapping[str, Callable[[], Any]], meta: Mapping[str, Any]) -> Example:
+    return Example(position, key, {m: finish() for m, finish in begun.items()}, meta)
 
 
 def collate(

@@ -13,9 +13,7 @@ from mmcontrast.data.compose import Compose
 from mmcontrast.data.order import Order
 from mmcontrast.data.reader import Example, Reader, Transform
 from mmcontrast.randomness import fold_seed
-from mmcontrast.shards import BadSample, open_shards
-
-_MAX_REPLACEMENTS = 100
+from mmcontrast.shards import open_shards
 
 
 class Source(Configurable):
@@ -93,41 +91,26 @@ class Source(Configurable):
         away = self.order.lane_length // 2 + attempt if attempt else 0
         return self.compose.anchor(self.order.at(lane, turn + away))
 
-    def example(
-        self,
-        lane: int,
-        turn: int,
-        skipped: list[tuple[str, str, str]],
-        *,
-        meta: bool,
-        watch: Callable[[int], None],
-    ) -> Example:
-        """The example at a lane's turn, or the next good one if its sample is damaged.
+    def begin(self, lane: int, turn: int, attempt: int, *, meta: bool) -> Callable[[], Example]:
+        """Read and draw the example at a lane's turn; what is returned makes it, in any thread.
 
         Args:
             lane: 0 .. lanes - 1.
             turn: counts the lane's examples of this source since the run began.
-            skipped: gets (shard, key, reason) of what is damaged.
+            attempt: 0, and more by one for each sample in its place that was damaged.
             meta: read labels and groups too.
-            watch: is told the id of each sample before it is read.
 
         Raises:
-            ConfigError: a hundred damaged samples in a row.
+            BadSample: it is damaged; also from what is returned.
         """
+        position = self.position(lane, turn, attempt)
         seed = fold_seed(self.seed, "augment", lane, turn)
-        for attempt in range(_MAX_REPLACEMENTS):
-            position = self.position(lane, turn, attempt)
-            watch(self.first_id + position)
-            try:
-                torch.default_generator.manual_seed(seed)
-                # Another draw each time: the same one would meet the same damaged companion.
-                found = self.compose.example(position, fold_seed(seed, attempt), meta=meta)
-                return replace(found, position=self.first_id + position, source=self.name)
-            except BadSample as error:
-                shard, key = self.shards.name(position)
-                skipped.append((f"{self.name}/{shard}" if self.name else shard, key, str(error)))
-        shard, key, reason = skipped[-1]
-        raise ConfigError(
-            f"{_MAX_REPLACEMENTS} damaged samples in a row, the last {key!r} in {shard}: {reason}; "
-            "look at the shards with `mmcontrast check shards`"
-        )
+        torch.default_generator.manual_seed(seed)
+        # Another draw each time: the same one would meet the same damaged companion.
+        finish = self.compose.begin(position, fold_seed(seed, attempt), meta=meta)
+        return lambda: replace(finish(), position=self.first_id + position, source=self.name)
+
+    def name_of(self, lane: int, turn: int, attempt: int) -> tuple[str, str]:
+        """Shard, beside the source's name where there are several, and key of the sample at a lane's turn."""
+        shard, key = self.shards.name(self.position(lane, turn, attempt))
+        return f"{self.name}/{shard}" if self.name else shard, key

@@ -6,9 +6,10 @@ Letters: K sources, n rows per rank.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -18,7 +19,13 @@ from mmcontrast.config import ConfigError, Configurable, RunError, suggest
 from mmcontrast.data.reader import Example, Transform, collate
 from mmcontrast.data.schedule import Schedule
 from mmcontrast.data.source import Source
+from mmcontrast.data.threads import in_threads, processors
 from mmcontrast.randomness import fold_seed
+from mmcontrast.shards import BadSample
+
+Made = TypeVar("Made")
+
+_MAX_REPLACEMENTS = 100
 
 
 class Batches(Configurable):
@@ -42,6 +49,8 @@ class Batches(Configurable):
         """Places of the data read at once; a multiple of the number of ranks reads each shard on one rank."""
         workers: int = 2
         """Processes that read and decode; 0 does it in the training process."""
+        threads: int | None = None
+        """Threads that decode in each of them; by default the processors, shared among workers and ranks."""
         timeout: float = 300.0
         """Seconds to wait for a worker before the run stops."""
         max_bad_fraction: float = 0.01
@@ -63,6 +72,8 @@ class Batches(Configurable):
     ) -> None:
         if config.workers < 0 or config.timeout < 0:
             raise ConfigError(f"data: workers {config.workers} and timeout {config.timeout} must be 0 or more")
+        if config.threads is not None and config.threads < 1:
+            raise ConfigError(f"data.threads is {config.threads}; it must be at least 1")
         if global_batch % world:
             raise ConfigError(f"the global batch ({global_batch}) must be a multiple of the ranks ({world})")
         self.config, self.transforms = config, transforms
@@ -102,7 +113,10 @@ class Batches(Configurable):
         )
         n = global_batch // world
         self._slots = range(rank * n, (rank + 1) * n)
-        self._reading = torch.full([max(config.workers, 1)], -1, dtype=torch.int64)  # id of what each worker reads
+        readers = max(config.workers, 1)
+        self._threads = config.threads or max(1, processors() // readers)
+        # For each reader and row of the batch, the id of the sample that is being read or decoded, or -1.
+        self._in_hand = torch.full([readers, n], -1, dtype=torch.int64)
 
     # ------------------------------------------------------------------------------------------ what a step sees
 
@@ -157,7 +171,7 @@ class Batches(Configurable):
                 "train for fewer, or let a source repeat more often (data.epochs)"
             )
         workers = self.config.workers
-        self._reading.fill_(-1).share_memory_()
+        self._in_hand.fill_(-1).share_memory_()
         loader: DataLoader[Batch | ConfigError] = DataLoader(
             _Steps(self),
             batch_size=None,
@@ -171,24 +185,58 @@ class Batches(Configurable):
 
     def batch(self, step: int) -> Batch:
         """This rank's batch of one step."""
-        examples: list[Example] = []
-        skipped: list[tuple[str, str, str]] = []
-        info = get_worker_info()
-        at = 0 if info is None else info.id
-
-        def watch(identity: int) -> None:
-            self._reading[at] = identity
-
+        places = [self.place(step, slot) for slot in self._slots]
         before = torch.get_rng_state()
         try:
-            for slot in self._slots:
-                source, lane, turn = self.place(step, slot)
-                examples.append(
-                    self.sources[source].example(lane, turn, skipped, meta=bool(self.config.groups), watch=watch)
-                )
+            examples, skipped = self._examples(places)
         finally:
             torch.set_rng_state(before)
         return collate(self.transforms, examples, self.config.groups, skipped)
+
+    def _examples(self, places: Sequence[tuple[int, int, int]]) -> tuple[list[Example], list[tuple[str, str, str]]]:
+        """The examples at some places, or the next good ones, and (shard, key, reason) of what is damaged."""
+        found: dict[int, Example] = {}
+        damage: dict[int, list[tuple[str, str, str]]] = {}
+        for attempt in range(_MAX_REPLACEMENTS):
+            left = [row for row in range(len(places)) if row not in found]
+            # The generator draws in this thread and in the order of the rows, however many threads decode.
+            begun = (self._begin(row, places[row], attempt) for row in left)
+            for row, outcome in zip(left, in_threads(begun, self._threads), strict=True):
+                if isinstance(outcome, Example):
+                    found[row] = outcome
+                else:
+                    source, lane, turn = places[row]
+                    name = self.sources[source].name_of(lane, turn, attempt)
+                    damage.setdefault(row, []).append((*name, str(outcome)))
+            if len(found) == len(places):
+                lines = [line for row in sorted(damage) for line in damage[row]]
+                return [found[row] for row in range(len(places))], lines
+        row = min(row for row in range(len(places)) if row not in found)
+        shard, key, reason = damage[row][-1]
+        raise ConfigError(
+            f"{_MAX_REPLACEMENTS} damaged samples in a row, the last {key!r} in {shard}: {reason}; "
+            "look at the shards with `mmcontrast check shards`"
+        )
+
+    def _begin(self, row: int, place: tuple[int, int, int], attempt: int) -> Callable[[], Example | BadSample]:
+        """Read and draw a row's example here, and return what decodes it."""
+        number, lane, turn = place
+        source = self.sources[number]
+        identity = source.first_id + source.position(lane, turn, attempt)
+        info = get_worker_info()
+        in_hand = self._in_hand[0 if info is None else info.id]
+
+        def work(make: Callable[[], Made]) -> Made | BadSample:
+            in_hand[row] = identity
+            try:
+                return make()
+            except BadSample as error:
+                return error
+            finally:
+                in_hand[row] = -1
+
+        begun = work(partial(source.begin, lane, turn, attempt, meta=bool(self.config.groups)))
+        return (lambda: begun) if isinstance(begun, BadSample) else partial(work, begun)
 
     def _raising(self, found: Iterator[Batch | ConfigError], first_step: int) -> Iterator[Batch]:
         step = first_step
@@ -211,12 +259,12 @@ class Batches(Configurable):
 
     def _failure(self, error: RuntimeError, step: int, worker: int) -> RunError:
         """A worker that died or hung, and what it had in hand."""
-        at = int(self._reading[worker])
-        where = ""
-        if at >= 0:
+        found: list[str] = []
+        for at in self._in_hand[worker][self._in_hand[worker] >= 0].tolist():
             source = next(s for s in reversed(self.sources) if s.first_id <= at)
             shard, place = source.shards.locate(at - source.first_id)
-            where = f", at sample {place} of {source.shards.shards[shard].path}"
+            found.append(f"sample {place} of {source.shards.shards[shard].path}")
+        where = f", at {' or '.join(found)}" if found else ""
         return RunError(
             f"rank {self.rank}, worker {worker}: reading step {step} failed{where}: {error}; a worker that was killed "
             "mostly had no memory left: lower data.workers. One that hung: raise data.timeout, or see that the shards' "

@@ -8,8 +8,9 @@ S samples, F frames, M mel bands, C width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.config import ConfigError
-from mmcontrast.decode import audio_from
+from mmcontrast.decode import Sound, audio_from
 from mmcontrast.encoders.base import Encoder, Transform
 
 _FLOOR = 1e-6  # power below which a band counts as silent; -120 dB of a full-scale tone's order
@@ -35,10 +36,17 @@ class AudioTransform(Transform):
 
     def __call__(self, value: Any) -> dict[str, Tensor]:
         """Anything that `decode.audio_from` takes -> samples float32 [S], length int64 []."""
+        return self.begin(value)()
+
+    def begin(self, value: Any) -> Callable[[], dict[str, Tensor]]:
+        """Draw the crop."""
         sound = audio_from(value)
         wanted = min(round(self.seconds * sound.rate), sound.frames)
         spare = sound.frames - wanted
         start = int(torch.randint(spare + 1, ())) if self.train and spare else spare // 2
+        return partial(self._crop, sound, start, wanted)
+
+    def _crop(self, sound: Sound, start: int, wanted: int) -> dict[str, Tensor]:
         samples = sound.read(start, wanted)
         if sound.rate != self.rate:
             from torchaudio.functional import resample

@@ -5,8 +5,9 @@ Letters: B rows, C width of the tower, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +28,21 @@ class Transform:
         """One decoded sample -> one model input."""
         raise NotImplementedError
 
+    def begin(self, value: Any) -> Callable[[], Any]:
+        """Make all random draws, and return what makes the model input: that may run in another thread.
+
+        By default everything is done at once. A transform that has much to compute after its draws overrides this,
+        and is `begin(value)()` itself.
+        """
+        return partial(_given, self(value))
+
     def collate(self, values: Sequence[Any]) -> Any:
         """Model inputs of several samples -> a tensor or a mapping of tensors, [B, ...] each."""
         return torch.stack(list(values))
+
+
+def _given(value: Any) -> Any:
+    return value
 
 
 class Encoder(nn.Module, Configurable):

@@ -7,8 +7,9 @@ side, C width, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,27 +36,38 @@ class ImageTransform(Transform):
     def __init__(self, size: int, config: ImageEncoder.Config | None) -> None:
         """`config` brings the augmentation; None is for evaluation."""
         self.size, self.config = size, config
-        self.colours: list[Any] = []
-        if config is not None and (config.color_jitter or config.grayscale):
+        self.jitter: Any = None
+        if config is not None and (j := config.color_jitter):
             from torchvision.transforms import v2
 
-            if config.color_jitter:
-                j = config.color_jitter
-                self.colours.append(v2.ColorJitter(brightness=j, contrast=j, saturation=j))
-            if config.grayscale:
-                self.colours.append(v2.RandomGrayscale(config.grayscale))
+            self.jitter = v2.ColorJitter(brightness=j, contrast=j, saturation=j)
 
     def __call__(self, value: Any) -> Tensor:
         """Anything that `decode.picture_from` takes."""
+        return self.begin(value)()
+
+    def begin(self, value: Any) -> Callable[[], Tensor]:
+        """Draw the crop and the changes of colour."""
         picture = picture_from(value)
+        size = (self.size, self.size)
         if self.config is None:
             side = min(picture.height, picture.width)
             box = ((picture.height - side) // 2, (picture.width - side) // 2, side, side)
-            return picture.crop(box, (self.size, self.size))
+            return partial(picture.crop, box, size)
         box = random_box(picture.height, picture.width, self.config.crop_scale)
-        pixels = picture.crop(box, (self.size, self.size), half_scale=self.config.half_scale)
-        for change in self.colours:
-            pixels = change(pixels)
+        crop = partial(picture.crop, box, size, half_scale=self.config.half_scale)
+        jitter = None if self.jitter is None else self.jitter.make_params([])
+        gray = self.config.grayscale > 0 and float(torch.rand(1)) < self.config.grayscale
+        return crop if jitter is None and not gray else partial(self._coloured, crop, jitter, gray)
+
+    def _coloured(self, crop: Callable[[], Tensor], jitter: dict[str, Any] | None, gray: bool) -> Tensor:
+        pixels = crop()
+        if jitter is not None:
+            pixels = self.jitter.transform(pixels, jitter)
+        if gray:
+            from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+            pixels = rgb_to_grayscale(pixels, num_output_channels=3)
         return pixels
 
     def collate(self, values: Sequence[Tensor]) -> Tensor:

@@ -71,10 +71,9 @@ class BagOfWords(Encoder):
         for name in ("buckets", "width", "max_words"):
             if getattr(config, name) < 1:
                 raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1")
+        # Torch's start, of unit variance: Adam's steps do not shrink with the rows, and would turn smaller ones about
+        # before the other towers can follow.
         self.table = nn.EmbeddingBag(1 + config.buckets, config.width, mode="sum", padding_idx=0)
-        nn.init.normal_(self.table.weight, std=config.width**-0.5)
-        with torch.no_grad():
-            self.table.weight[0] = 0
         self.buckets, self.max_words = config.buckets, config.max_words
         self.dim = config.width
         self.finish(config, pretrained=False)
