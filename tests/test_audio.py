@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmcontrast.config import ConfigError
 from mmcontrast.decode import MAX_AUDIO_SECONDS, Sound, audio, audio_from
-from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder
+from mmcontrast.encoders import BagOfWords, MelConvNet, MelTransformer, MultiEncoder
 from mmcontrast.encoders.audio import AudioTransform, LogMel
 from mmcontrast.shards import BadSample
 
@@ -261,13 +261,17 @@ def test_no_band_is_empty(rate: int, mels: int, recwarn: pytest.WarningsRecorder
 # -------------------------------------------------------------------------------------------- the tower
 
 
-def tower(seconds: float = 1.0, **settings: Any) -> MelConvNet:
+KINDS: dict[Any, dict[str, Any]] = {MelConvNet: {}, MelTransformer: {"patch": 4, "heads": 2}}
+Tower = MelConvNet | MelTransformer
+
+
+def tower(seconds: float = 1.0, kind: type[Tower] = MelConvNet, **settings: Any) -> Tower:
     torch.manual_seed(0)
-    config = MelConvNet.Config(sample_rate=RATE, seconds=seconds, mels=16, width=24, layers=2, **settings)
-    return config.build().eval()
+    shared = {"sample_rate": RATE, "seconds": seconds, "mels": 16, "width": 24, "layers": 2}
+    return kind.Config(**shared, **KINDS[kind], **settings).build().eval()
 
 
-def inputs(net: MelConvNet, *sounds: np.ndarray) -> dict[str, Tensor]:
+def inputs(net: Tower, *sounds: np.ndarray) -> dict[str, Tensor]:
     made = net.transform(train=False)
     return made.collate([made((sound, RATE)) for sound in sounds])
 
@@ -276,16 +280,17 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.3, 0.3, round(seconds * RATE)).astype(np.float32)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_padding_and_neighbours_change_nothing() -> None:
-    short, long = tower(1.0), tower(2.5)
+def test_padding_and_neighbours_change_nothing(kind: type[Tower]) -> None:
+    short, long = tower(1.0, kind), tower(2.5, kind)
     sounds = [noise(0.31), noise(0.7, 1), noise(0.05, 2)]
     want, tokens = short(inputs(short, *sounds))
     assert tokens is not None and want.shape == (3, 24) and tokens.shape[::2] == (3, 24)
     assert torch.allclose(long(inputs(long, *sounds))[0], want, atol=1e-5)
     for row, sound in enumerate(sounds):
         assert torch.allclose(short(inputs(short, sound))[0][0], want[row], atol=1e-5)
-        heard = math.ceil(math.ceil(len(sound) / 80) / 4)
+        heard = math.ceil(math.ceil(len(sound) / 80) / 4) * (1 if kind is MelConvNet else 4)
         assert bool((tokens[row, heard:] == 0).all()) and bool((tokens[row, :heard] != 0).any(1).all())
     # Not because nothing changes anything: told that the padding is sound, it hears something else.
     told = inputs(short, *sounds)
@@ -309,11 +314,38 @@ def test_silence_has_a_finite_embedding() -> None:
     assert bool(torch.isfinite(net(net.example())[0]).all())
 
 
-def test_every_weight_gets_a_gradient() -> None:
-    net = tower()
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_gets_a_gradient(kind: type[Tower]) -> None:
+    net = tower(kind=kind)
     net.train()
     net(inputs(net, noise(0.8)))[0].square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in net.parameters())
+
+
+@torch.no_grad()
+def test_spec_augment_silences_one_piece_of_time_and_of_the_bands_in_training_alone() -> None:
+    net = tower(time_mask=0.5, mel_mask=0.5)
+    heard = inputs(net, noise(0.9), noise(0.4, 1), tone(0.7)[:, 0])
+    plain, mask = net.spectra(heard)
+    assert torch.equal(net.spectra(heard)[0], plain)
+    net.train()
+    pieces: list[tuple[int, int]] = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        masked, _ = net.spectra(heard)
+        torch.manual_seed(seed)
+        assert torch.equal(net.spectra(heard)[0], masked)  # what the gradient cache relies on
+        for row in range(3):
+            sound = int(mask[row].sum())
+            lost = (masked[row, :sound] == 0) & (plain[row, :sound] != 0)
+            frames, bands = lost.all(1).nonzero()[:, 0].tolist(), lost.all(0).nonzero()[:, 0].tolist()
+            for gone, most in ((frames, sound), (bands, 16)):
+                assert gone == list(range(gone[0], gone[-1] + 1)) if gone else True
+                assert len(gone) <= 0.5 * most + 1
+            kept = ~(lost.all(1)[:, None] | lost.all(0))
+            assert torch.equal(masked[row, :sound][kept], plain[row, :sound][kept])
+            pieces.append((len(frames), len(bands)))
+    assert len({f for f, _ in pieces}) > 10 and len({b for _, b in pieces}) > 5
 
 
 def test_settings_that_cannot_be_used_are_refused() -> None:
@@ -321,6 +353,9 @@ def test_settings_that_cannot_be_used_are_refused() -> None:
     for settings in wrong:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             MelConvNet.Config(**settings).build()
+    for settings in ({"time_mask": 1.0}, {"mel_mask": -0.1}, {"patch": 3}, {"heads": 5}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            MelTransformer.Config(**({"mels": 16, "patch": 4, "width": 24, "heads": 2} | settings)).build()
     with pytest.raises(ConfigError, match="freeze"):
         MelConvNet.Config(freeze=("tower",)).build()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -14,6 +14,9 @@ from mmcontrast.config import ConfigError, suggest
 from mmcontrast.decode import DECODERS, metadata
 from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import FORMATS, METADATA, BadSample, ShardSet
+from mmcontrast.signals import signal
+
+SIGNAL = "timeseries"  # the one kind whose decoder needs the sample's metadata, too
 
 
 class Transform(Protocol):
@@ -76,8 +79,9 @@ class Reader:
         """
         self.shards, self.transforms = shards, transforms
         for modality, transform in transforms.items():
-            if transform.kind not in DECODERS:
-                raise ConfigError(f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, DECODERS)}")
+            if transform.kind not in (*DECODERS, SIGNAL):
+                known = (*DECODERS, SIGNAL)
+                raise ConfigError(f"{modality!r} is of kind {transform.kind!r}{suggest(transform.kind, known)}")
         read = {m: t for m, t in transforms.items() if m not in made}
         self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in read.items()}
         had = {m: e for m, e in self.members.items() if any(shards.counts.get(extension) for extension in e)}
@@ -104,8 +108,15 @@ class Reader:
                 data = self.shards.read(position, extension)
             except KeyError:
                 continue
-            return DECODERS[self.transforms[modality].kind](data)
+            kind = self.transforms[modality].kind
+            return signal(data, partial(self._facts, position, modality)) if kind == SIGNAL else DECODERS[kind](data)
         return None
+
+    def _facts(self, position: int, modality: str) -> Mapping[str, Any]:
+        """What the metadata say of one modality: the field of its name, or all of them."""
+        meta = self.meta(position)
+        own = meta.get(modality)
+        return cast(Mapping[str, Any], own) if isinstance(own, Mapping) else meta
 
     def meta(self, position: int) -> Mapping[str, Any]:
         """The sample's labels and groups; empty where it has none.

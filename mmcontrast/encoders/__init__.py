@@ -1,11 +1,13 @@
 """Encoders, one file per modality, and the model that brings them into one space."""
 
-from mmcontrast.encoders.audio import MelConvNet
+from mmcontrast.encoders.audio import MelConvNet, MelTransformer
 from mmcontrast.encoders.base import Encoder
 from mmcontrast.encoders.coca import CascadePool, CoCaText
 from mmcontrast.encoders.image import OpenClipImage, TimmImage, ViT
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.text import HFText, OpenClipText, TextTransformer
+from mmcontrast.encoders.timeseries import SignalResNet, SignalTransformer
+from mmcontrast.encoders.warp import Warp
 from mmcontrast.encoders.words import BagOfWords
 
 __all__ = [
@@ -15,10 +17,14 @@ __all__ = [
     "Encoder",
     "HFText",
     "MelConvNet",
+    "MelTransformer",
     "MultiEncoder",
     "OpenClipImage",
     "OpenClipText",
+    "SignalResNet",
+    "SignalTransformer",
     "TextTransformer",
     "TimmImage",
     "ViT",
+    "Warp",
 ]

@@ -1,4 +1,4 @@
-"""Audio towers: log-mel spectra on the device, and a compact convolutional network over them.
+"""Audio towers: log-mel spectra on the device, and a compact convolutional network or a transformer over them.
 
 Sounds cross the worker queue as samples at the tower's rate, padded to one length, beside their true length. What is
 padded is masked everywhere, so a sound's embedding does not depend on how much of it is padding. Letters: B rows,
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmcontrast.config import ConfigError
 from mmcontrast.decode import Sound, audio_from
 from mmcontrast.encoders.base import Encoder, Transform
+from mmcontrast.encoders.frames import FrameConvNet, FrameTransformer, masked_mean, sines
 
 _FLOOR = 1e-6  # power below which a band counts as silent; -120 dB of a full-scale tone's order
 
@@ -140,20 +141,64 @@ class LogMel(nn.Module):
         return (x - mean) * (variance + 1e-5).rsqrt() * cells, mask
 
 
-class MelConvNet(AudioEncoder):
-    """A small convolutional network over time, on log-mel frames, trained from scratch.
-
-    Two strided convolutions bring 10 ms frames to 40 ms; then blocks of a depthwise convolution and two layers on
-    each frame (ConvNeXt, Liu et al. 2022, arXiv:2201.03545, in one dimension). Its norms work on single frames: no
-    sample sees another, and no frame the padding.
-    """
+class MelEncoder(AudioEncoder):
+    """Log-mel front end and its augmentation, which towers that are trained from scratch share."""
 
     @dataclass(kw_only=True)
     class Config(AudioEncoder.Config):
-        """Settings of the network."""
+        """Settings of the front end."""
 
         mels: int = 64
         """M, mel bands."""
+        time_mask: float = 0.0
+        """SpecAugment: largest share of the frames that training silences in one piece."""
+        mel_mask: float = 0.0
+        """SpecAugment: largest share of the bands that training silences in one piece."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.mels < 1:
+            raise ConfigError(f"mels is {config.mels}; it must be at least 1")
+        if not (0 <= config.time_mask < 1 and 0 <= config.mel_mask < 1):
+            raise ConfigError(
+                f"time_mask {config.time_mask} and mel_mask {config.mel_mask} must be in 0..1 (without 1)"
+            )
+        self.mel_config = config
+        self.front = LogMel(config.sample_rate, config.mels)
+
+    def spectra(self, x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Samples [B, S], length [B] -> [B, F, M] zero where there is no sound, which frames are sound, [B, F].
+
+        In training one piece of time and one of the bands become 0, each sound's mean (SpecAugment, Park et al. 2019,
+        arXiv:1904.08779, without its time warp). The draws are torch's, which the gradient cache repeats.
+        """
+        frames, mask = self.front(x["samples"], x["length"])
+        if self.training and self.mel_config.time_mask:
+            frames = frames * _kept(mask.sum(1), frames.shape[1], self.mel_config.time_mask)[:, :, None]
+        if self.training and self.mel_config.mel_mask:
+            bands = torch.full_like(x["length"], frames.shape[2])
+            frames = frames * _kept(bands, frames.shape[2], self.mel_config.mel_mask)[:, None]
+        return frames, mask
+
+
+def _kept(counts: Tensor, most: int, share: float) -> Tensor:
+    """[B], of which `most` is the largest -> [B, most] bool: all but a piece of up to `share` of each row's count."""
+    width = torch.rand(len(counts), device=counts.device) * share * counts
+    first = torch.rand(len(counts), device=counts.device) * (counts - width)
+    at = torch.arange(most, device=counts.device)
+    return (at < first[:, None]) | (at >= (first + width)[:, None])
+
+
+class MelConvNet(MelEncoder):
+    """A small convolutional network over time, on log-mel frames, trained from scratch.
+
+    Two strided convolutions bring 10 ms frames to 40 ms; then blocks (`frames.FrameConvNet`).
+    """
+
+    @dataclass(kw_only=True)
+    class Config(MelEncoder.Config):
+        """Settings of the network."""
+
         width: int = 192
         """C."""
         layers: int = 4
@@ -161,39 +206,61 @@ class MelConvNet(AudioEncoder):
 
     def __init__(self, config: Config, restore: Path | None = None) -> None:
         super().__init__(config)
-        for name in ("mels", "width", "layers"):
+        for name in ("width", "layers"):
             if getattr(config, name) < 1:
                 raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1")
-        self.front = LogMel(config.sample_rate, config.mels)
-        self.stem = nn.ModuleList(
-            nn.Conv1d(width, config.width, 5, stride=2, padding=2) for width in (config.mels, config.width)
-        )
-        self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.net = FrameConvNet(config.mels, (config.width, config.width), (0, config.layers))
         self.dim = config.width
         self.finish(config, pretrained=False)
 
     def forward(self, x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Samples [B, S], length [B] -> their frames' mean [B, C], the frames [B, F / 4, C], zero where padded."""
-        frames, mask = self.front(x["samples"], x["length"])
-        frames = frames.transpose(1, 2)  # [B, M, F]
-        for layer in self.stem:
-            mask = mask[:, ::2]
-            frames = nn.functional.gelu(layer(frames)) * mask[:, None]
-        for block in self.blocks:
-            frames = block(frames, mask)
-        tokens = self.norm(frames.transpose(1, 2)) * mask[:, :, None]
-        return tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1), tokens
+        tokens, mask = self.net(*self.spectra(x))
+        return masked_mean(tokens, mask), tokens
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mix = nn.Conv1d(width, width, 7, padding=3, groups=width)
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+class MelTransformer(MelEncoder):
+    """A transformer over patches of log-mel spectra (AST, Gong et al. 2021, arXiv:2104.01778), trained from scratch.
 
-    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """[B, C, F] -> [B, C, F]; what is padded stays zero, or else it would leak back into the sound."""
-        return frames + self.layers(self.mix(frames).transpose(1, 2)).transpose(1, 2) * mask[:, None]
+    Unlike AST's, patches do not overlap, positions are sines of time beside a learned vector per band, and the patches'
+    mean is pooled: so the length of a sound may vary, and padding is masked.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(MelEncoder.Config):
+        """Settings of the transformer."""
+
+        patch: int = 16
+        """Side of a patch, in bands and in frames of 10 ms; must divide `mels`."""
+        width: int = 192
+        """C."""
+        layers: int = 6
+        """Blocks."""
+        heads: int = 3
+        """Attention heads; must divide width."""
+        dropout: float = 0.0
+        """Share of the activations that training leaves out."""
+
+    def __init__(self, config: Config, restore: Path | None = None) -> None:
+        super().__init__(config)
+        if config.patch < 1 or config.mels % config.patch or config.layers < 1 or config.width % config.heads:
+            raise ConfigError(
+                f"patch {config.patch} must divide mels {config.mels}, heads {config.heads} must divide width "
+                f"{config.width}, and there must be at least one layer"
+            )
+        self.embed = nn.Conv2d(1, config.width, config.patch, stride=config.patch)
+        self.bands = nn.Parameter(torch.randn(config.mels // config.patch, config.width) * 0.02)
+        self.net = FrameTransformer(config.width, config.layers, config.heads, config.dropout)
+        self.patch, self.dim = config.patch, config.width
+        self.finish(config, pretrained=False)
+
+    def forward(self, x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Samples [B, S], length [B] -> the patches' mean [B, C], the patches [B, T, C], zero where padded."""
+        frames, mask = self.spectra(x)
+        frames = nn.functional.pad(frames, (0, 0, 0, -frames.shape[1] % self.patch))
+        patches = self.embed(frames[:, None])  # [B, C, F / patch, M / patch]
+        time = sines(patches.shape[2], patches.shape[1]).to(patches)
+        tokens = patches.permute(0, 2, 3, 1) + time[:, None] + self.bands.to(patches)
+        mask = mask[:, :: self.patch, None].expand(tokens.shape[:3]).flatten(1)
+        tokens = self.net(tokens.flatten(1, 2), mask)
+        return masked_mean(tokens, mask), tokens
