@@ -8,7 +8,8 @@
 A tuple (Saporta et al. 2024, arXiv:2411.01053, sec. 5) is a picture of one of 123 things, a spoken prompt that says
 something else, and five words in five languages; the word in the language that is spoken names the picture. A pairwise
 score is bounded by 1/5. Tuples are drawn on the fly. In the test, prompts were never heard and texts never read in
-training; pictures, words and the four speakers' voices were.
+training; pictures, words and the four speakers' voices were. After 700 steps the right picture of 123 is first for .90
+[.87, .93] (chance .008). Negatives that exchange a single modality do it: with shuffled ones it was .49.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def recipe() -> Trainer.Config:
             groups=("class",),
             workers=1,
         ),
-        # The product of three unit vectors of 512 dimensions is small: a start at CLIP's 14 learns slowly.
+        # The product of three unit vectors of 512 dimensions is small: a start at CLIP's 14 learns slowly. Where all
+        # parts of a negative are others', the words alone tell it, and the spoken language would matter little.
         objectives={"symile": Symile.Config(modalities=("image", "audio", "text"), scale=60.0, negatives="single")},
         optimizer=AdamW.Config(lr=5e-3, weight_decay=0.1),
         evaluators={
@@ -62,6 +64,6 @@ def recipe() -> Trainer.Config:
             )
         },
         checkpoint=Checkpoints.Config(every=100),
-        steps=1100,
+        steps=700,
         global_batch=256,
     )
