@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def signal_from(value: Any) -> Signal:
     """
     if isinstance(value, Signal):
         return value
-    parts = cast(tuple[Any, ...], value) if isinstance(value, tuple) else ()
+    parts: list[Any] = [*cast(tuple[Any, ...], value)] if isinstance(value, tuple) else []
     if len(parts) not in (2, 3) or not _is_number(parts[1]):
         raise BadSample(f"a signal must be (values, rate) or (values, rate, channels); got {type(value).__name__}")
     array = np.ascontiguousarray(parts[0])
@@ -102,7 +102,7 @@ def signal_from(value: Any) -> Signal:
     return signal(file.getvalue(), lambda: facts)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 

@@ -267,7 +267,7 @@ Tower = MelConvNet | MelTransformer
 
 def tower(seconds: float = 1.0, kind: type[Tower] = MelConvNet, **settings: Any) -> Tower:
     torch.manual_seed(0)
-    shared = {"sample_rate": RATE, "seconds": seconds, "mels": 16, "width": 24, "layers": 2}
+    shared: dict[str, Any] = {"sample_rate": RATE, "seconds": seconds, "mels": 16, "width": 24, "layers": 2}
     return kind.Config(**shared, **KINDS[kind], **settings).build().eval()
 
 
@@ -353,9 +353,11 @@ def test_settings_that_cannot_be_used_are_refused() -> None:
     for settings in wrong:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             MelConvNet.Config(**settings).build()
-    for settings in ({"time_mask": 1.0}, {"mel_mask": -0.1}, {"patch": 3}, {"heads": 5}):
+    sizes: dict[str, Any] = {"mels": 16, "patch": 4, "width": 24, "heads": 2}
+    wrong = [{"time_mask": 1.0}, {"mel_mask": -0.1}, {"patch": 3}, {"heads": 5}]
+    for settings in wrong:
         with pytest.raises(ConfigError, match=next(iter(settings))):
-            MelTransformer.Config(**({"mels": 16, "patch": 4, "width": 24, "heads": 2} | settings)).build()
+            MelTransformer.Config(**(sizes | settings)).build()
     with pytest.raises(ConfigError, match="freeze"):
         MelConvNet.Config(freeze=("tower",)).build()
 
