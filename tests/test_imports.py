@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # What each part may import, beside the standard library and other packages.
-LOW = {"config", "batch", "shards", "decode", "randomness", "tar"}
+LOW = {"config", "batch", "shards", "decode", "signals", "randomness", "tar"}
 MAY = {
     "config": set[str](),
     "randomness": set[str](),
@@ -22,6 +22,7 @@ MAY = {
     "shards": {"config", "tar", "remote", "shard_cache", "manifest"},
     "shard_writer": {"config", "tar", "manifest", "shards"},
     "decode": {"config", "shards"},
+    "signals": {"shards"},
     "heads": {"config", "batch", "randomness", "heads"},
     "encoders": LOW | {"encoders", "heads"},
     "objectives": {"config", "batch", "randomness", "objectives"},
