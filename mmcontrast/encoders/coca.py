@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.base import Encoder, Transform
+from mmcontrast.encoders.clip_tokens import ClipTokens
 
 
 class CascadePool(Encoder):
@@ -79,13 +80,13 @@ class CoCaTransform(Transform):
     kind = "text"
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer, self.context_length, self._encode = tokenizer, context_length, ClipTokens(tokenizer)
 
     def __call__(self, value: Any) -> Tensor:
         """[length], int64."""
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         # A text that spells out "<end_of_text>" would otherwise end there.
-        ids = [i for i in self.tokenizer.encode(str(value)) if i not in (start, end)]
+        ids = [i for i in self._encode(str(value)) if i not in (start, end)]
         return torch.tensor([start, *ids[: self.context_length - 2], end])
 
     def collate(self, values: Sequence[Any]) -> dict[str, Tensor]:

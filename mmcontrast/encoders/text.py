@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.base import Encoder, Transform
+from mmcontrast.encoders.clip_tokens import encode_by
 from mmcontrast.encoders.image import open_clip_model
 
 
@@ -25,11 +26,15 @@ class TokenTransform(Transform):
     kind = "text"
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._encode = tokenizer, encode_by(tokenizer)
 
     def __call__(self, value: Any) -> Tensor:
         """[T]."""
-        return self.tokenizer([str(value)])[0]
+        if self._encode is None:
+            return self.tokenizer([str(value)])[0]
+        length = int(self.tokenizer.context_length)
+        ids = [self.tokenizer.sot_token_id, *self._encode(str(value))[: length - 2], self.tokenizer.eot_token_id]
+        return torch.tensor(ids + [0] * (length - len(ids)))
 
 
 class TextTransformer(Encoder):
