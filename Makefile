@@ -9,7 +9,7 @@ quickstart: $(VENV)/demo
 	$(BIN)/mmcontrast quickstart
 
 test: $(VENV)/all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: static test
 
