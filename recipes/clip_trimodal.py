@@ -3,7 +3,8 @@
     mmcontrast train clip_trimodal
 
 Speech and text each leave the five named pictures equally likely, so accuracy stays at the bound of 1/5, while the
-right picture is among the first five.
+right picture is among the first five. Measured after 700 steps (4.5 minutes on two cores): first for .213 [.188, .238]
+of 1,230 queries, among the first five for .914 [.883, .941]; chance .008 and .041.
 """
 
 from __future__ import annotations
