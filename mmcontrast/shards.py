@@ -73,12 +73,14 @@ class ShardSet:
         counts: extension -> samples that have it.
         damage: shard path -> what a scan left out, as (key, reason).
         fingerprint: changes when the content or the order of the shards does.
+        cache: where remote shards are kept; None where all lie on this machine.
     """
 
     shards: Sequence[Shard]
     counts: Mapping[str, int]
     damage: Mapping[str, Sequence[tuple[str, str]]]
     fingerprint: str
+    cache: Cache | None = None
     _starts: NDArray[np.int64] = field(init=False)
     _most_open: int = field(init=False)
     _indices: OrderedDict[int, ShardIndex] = field(init=False, default_factory=OrderedDict[int, ShardIndex])
@@ -87,7 +89,7 @@ class ShardSet:
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0, *(s.samples for s in self.shards)])
         # What is open in the cache cannot make room for other shards, and opening it again costs next to nothing.
-        self._most_open = 1 if any(isinstance(shard.path, Address) for shard in self.shards) else 64
+        self._most_open = 64 if self.cache is None else 1
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -183,7 +185,9 @@ def open_shards(patterns: Sequence[str], *, cache: Cache | None = None) -> Shard
     fingerprint = hashlib.sha256()
     finder = Finder(cache.patience if cache else None)
     paths = list(dict.fromkeys(path for pattern in patterns for path in finder.find(pattern)))
-    if cache is None and any(isinstance(path, Address) for path in paths):
+    if not any(isinstance(path, Address) for path in paths):
+        cache = None
+    elif cache is None:
         cache = Cache.from_environment()
     for path in paths:
         folder, entry = finder.describe(path)
@@ -214,7 +218,7 @@ def open_shards(patterns: Sequence[str], *, cache: Cache | None = None) -> Shard
     if not any(shard.samples for shard in shards):
         reasons = [f"{key or path.name}: {why}" for path in paths for key, why in damage.get(str(path), ())[:1]]
         raise ConfigError(f"{paths[0]} and {len(paths) - 1} more hold no samples; {'; '.join(reasons[:3]) or 'empty'}")
-    return ShardSet(shards, dict(counts), damage, fingerprint.hexdigest()[:16])
+    return ShardSet(shards, dict(counts), damage, fingerprint.hexdigest()[:16], cache)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ MAY = {
     "evaluate": {"batch", "objectives", "tiles"},
     "sharding": {"config", "batch", "objectives", "evaluate"},
     "cached": {"config", "batch", "randomness", "objectives", "sharding", "heads"},
-    "data": LOW | {"data"},
+    "data": LOW | {"shard_cache", "data"},
     "optim": {"config"},
     "health": {"batch"},
     "checkpoint": {"config", "batch", "shards", "encoders"},

@@ -27,6 +27,7 @@ import torch
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.data import Stream
+from mmcontrast.data.ahead import Ahead
 from mmcontrast.data_prep import index as prep_index
 from mmcontrast.encoders.base import Transform
 from mmcontrast.manifest import MANIFEST, find_shards
@@ -809,3 +810,68 @@ def test_a_shard_that_is_gone_ends_a_run_with_one_sentence(
     with pytest.raises(ConfigError, match=rf"{address}/00001.tar cannot be read: HTTP 404") as caught:
         keys_of(address, workers)
     assert "Traceback" not in str(caught.value)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def tars_asked_for(site: Site) -> set[str]:
+    return {a.path for a in site.of(".tar")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_shards_come_while_the_first_are_read(tmp_path: Path, site: Site, cache: Cache, workers: int) -> None:
+    address = site.put(written(tmp_path / "data", 24))  # 6 shards, 2 of them in each window
+    stream = Stream.Config(shards=(address,), workers=workers, window=8).build(
+        {"text": Length()}, seed=3, global_batch=4
+    )
+    order = stream.sources[0].order
+    first, second, third = ({f"/data/{s:05d}.tar" for s in order.window_shards(0, turn)} for turn in (0, 8, 16))
+    found = stream.batches(0, 6 if not workers else 2)
+    next(found)
+    wait_for(lambda: tars_asked_for(site) == first | second)
+    if not workers:
+        next(found)
+        assert tars_asked_for(site) == first | second
+        next(found)
+        wait_for(lambda: tars_asked_for(site) == first | second | third)
+    found.close()
+
+
+def test_a_cache_without_room_for_two_windows_brings_one(tmp_path: Path, site: Site, cache: Cache) -> None:
+    folder = written(tmp_path / "data", 24)
+    sources = (
+        Stream.Config(shards=(site.put(folder),), window=4).build({"text": Length()}, seed=3, global_batch=4).sources
+    )
+    shards = sources[0].shards
+    first, second = (sources[0].order.window_shards(0, turn)[0] for turn in (0, 4))
+    largest = max(shard.bytes for shard in shards.shards)
+    for limit, want in ((3 * largest, {first}), (4 * largest + 1, {first, second})):
+        site.asked.clear()
+        shards.cache = replace(cache, limit=limit, folder=tmp_path / str(limit))
+        for shard in shards.shards:
+            object.__setattr__(shard.open, "cache", shards.cache)
+        ahead = Ahead(sources, lanes=1)
+        ahead.notice([(0, 0, 0), (0, 0, 1), (0, 0, 2)])
+        wait_for(lambda want=want: tars_asked_for(site) >= {f"/data/{s:05d}.tar" for s in want})
+        time.sleep(0.1)
+        ahead.close()
+        assert tars_asked_for(site) == {f"/data/{s:05d}.tar" for s in want}
+
+
+def test_a_window_that_the_cache_cannot_hold_is_refused(
+    tmp_path: Path, site: Site, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "data", 24)
+    address = site.put(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    config = Stream.Config(shards=(address,), window=12)
+    monkeypatch.setenv(BYTES_VARIABLE, str(size // 2))
+    with pytest.raises(ConfigError, match=rf"draws from [\d.e-]+ GB of remote .* raise {BYTES_VARIABLE}, or lower"):
+        config.build({"text": Length()}, seed=3, global_batch=4)
+    monkeypatch.setenv(BYTES_VARIABLE, str(size))
+    config.build({"text": Length()}, seed=3, global_batch=4)

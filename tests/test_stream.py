@@ -126,6 +126,24 @@ def test_a_step_may_span_two_epochs() -> None:
     assert Counter(steps(order, 0, 3, 8)[1]).keys() == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("window", "lanes"), [(1, 1), (7, 1), (6, 2), (50, 2), (5, 3), (999, 3)])
+def test_the_shards_of_a_window_are_those_of_its_samples(window: int, lanes: int) -> None:
+    counts = [4, 0, 9, 1, 0, 0, 17, 3, 2, 0]
+    order = Order(counts, seed=2, global_batch=lanes, window=window, lanes=lanes)
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    for lane in range(lanes):
+        turn = 0
+        while turn < 3 * order.lane_length:
+            end = order.window_end(turn)
+            assert 0 < end - turn <= window and {order.window_end(t) for t in range(turn, end)} == {end}
+            want = {int(shard_of[order.at(lane, t)]) for t in range(turn, end)}
+            for t in (turn, end - 1):
+                found = order.window_shards(lane, t)
+                assert set(found) == want and len(found) == len(want)
+            turn = end
+        assert turn == 3 * order.lane_length
+
+
 @pytest.mark.parametrize("window", [1, 4, 16])
 def test_the_window_bounds_how_far_a_sample_travels(window: int) -> None:
     order = Order([50, 50, 50], seed=1, global_batch=10, window=window)

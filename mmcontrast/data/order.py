@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
 from mmcontrast.randomness import permutation
@@ -59,11 +60,30 @@ class Order:
 
     def at(self, lane: int, turn: int) -> int:
         """The sample at a lane's turn."""
-        epoch, place = divmod(turn, self.lane_length)
-        first = place - place % self.window
-        length = min(self.window, self.lane_length - first)
+        epoch, first, length = self._window_of(turn)
+        place = turn % self.lane_length
         shuffled = first + int(permutation(length, self.seed, epoch, lane, first)[place - first])
         return self._on_line(epoch, lane * self.lane_length + shuffled)
+
+    def window_end(self, turn: int) -> int:
+        """The turn at which the window after this one's begins."""
+        epoch, first, length = self._window_of(turn)
+        return epoch * self.lane_length + first + length
+
+    def window_shards(self, lane: int, turn: int) -> list[int]:
+        """The shards of which a lane's window has samples, in the order of the line."""
+        epoch, first, length = self._window_of(turn)
+        shards, line = self._lined_up(epoch)
+        first += lane * self.lane_length
+        # Shards without samples end where they begin, and are in no window.
+        turns = range(*np.searchsorted(line, [first, first + length - 1], side="right") + [0, 1])
+        return [int(shards[t]) for t in turns if self._counts[shards[t]]]
+
+    def _window_of(self, turn: int) -> tuple[int, int, int]:
+        """A turn's epoch, and first place and length of its window in the lane."""
+        epoch, place = divmod(turn, self.lane_length)
+        first = place - place % self.window
+        return epoch, first, min(self.window, self.lane_length - first)
 
     def sample(self, step: int, slot: int) -> int:
         """The sample in a slot of a step's global batch."""
@@ -71,9 +91,14 @@ class Order:
 
     def _on_line(self, epoch: int, position: int) -> int:
         """The sample at a position of the epoch's line of shards."""
+        shards, line = self._lined_up(epoch)
+        turn = int(np.searchsorted(line, position, side="right"))
+        shard = shards[turn]
+        return int(self._firsts[shard] + position - (line[turn] - self._counts[shard]))
+
+    def _lined_up(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards in an epoch's order, and where on the line each ends."""
         shards = permutation(len(self._counts), self.seed, epoch, "shards")
         if self._line_epoch != epoch:
             self._line_epoch, self._line = epoch, np.cumsum(self._counts[shards])
-        turn = int(np.searchsorted(self._line, position, side="right"))
-        shard = shards[turn]
-        return int(self._firsts[shard] + position - (self._line[turn] - self._counts[shard]))
+        return shards, self._line

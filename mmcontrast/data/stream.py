@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError, Configurable, RunError, suggest
+from mmcontrast.data.ahead import Ahead, check_room
 from mmcontrast.data.reader import Example, Transform, collate
 from mmcontrast.data.schedule import Schedule
 from mmcontrast.data.source import Source
-from mmcontrast.data.threads import in_threads, processors
+from mmcontrast.data.threads import in_threads, processors, ranks_here
 from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import BadSample
 
@@ -111,6 +112,10 @@ class Batches(Configurable):
                 for s in self.sources
             ],
         )
+        # Each rank of this machine reads lanes of its own, or they share some.
+        self._lanes_here = -(-config.lanes * ranks_here() // world)
+        check_room(self.sources, self._lanes_here)
+        self._ahead: Ahead | None = None
         n = global_batch // world
         self._slots = range(rank * n, (rank + 1) * n)
         readers = max(config.workers, 1)
@@ -171,6 +176,7 @@ class Batches(Configurable):
                 "train for fewer, or let a source repeat more often (data.epochs)"
             )
         workers = self.config.workers
+        self._stop_ahead()
         self._in_hand.fill_(-1).share_memory_()
         loader: DataLoader[Batch | ConfigError] = DataLoader(
             _Steps(self),
@@ -186,12 +192,26 @@ class Batches(Configurable):
     def batch(self, step: int) -> Batch:
         """This rank's batch of one step."""
         places = [self.place(step, slot) for slot in self._slots]
+        if any(source.shards.cache for source in self.sources):
+            self._look_ahead(places)
         before = torch.get_rng_state()
         try:
             examples, skipped = self._examples(places)
         finally:
             torch.set_rng_state(before)
         return collate(self.transforms, examples, self.config.groups, skipped)
+
+    def _look_ahead(self, places: Sequence[tuple[int, int, int]]) -> None:
+        if self._ahead is None:  # only now: a thread does not follow into a worker
+            info = get_worker_info()
+            reader, readers = (0, 1) if info is None else (info.id, info.num_workers)
+            self._ahead = Ahead(self.sources, lanes=self._lanes_here, reader=reader, readers=readers)
+        self._ahead.notice(places)
+
+    def _stop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _examples(self, places: Sequence[tuple[int, int, int]]) -> tuple[list[Example], list[tuple[str, str, str]]]:
         """The examples at some places, or the next good ones, and (shard, key, reason) of what is damaged."""
@@ -256,6 +276,7 @@ class Batches(Configurable):
             # Now, so that the loader stops its workers in order. Left to the garbage collector together with the
             # exception, it can no longer reach them and waits five seconds for each.
             del found
+            self._stop_ahead()
 
     def _failure(self, error: RuntimeError, step: int, worker: int) -> RunError:
         """A worker that died or hung, and what it had in hand."""

@@ -18,7 +18,12 @@ _AHEAD = 8  # pieces per thread that wait: enough to keep it busy, and few enoug
 def processors() -> int:
     """Processors that this process may use, its part of them where a launcher started several on this machine."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, here // ranks_here())
+
+
+def ranks_here() -> int:
+    """Ranks that a launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def in_threads(work: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
