@@ -73,9 +73,10 @@ class Batch:
         """Called by torch's DataLoader before the copy to an accelerator."""
         return replace(self, inputs={m: map_tensors(x, Tensor.pin_memory) for m, x in self.inputs.items()})
 
-    def split(self, micro_batch: int) -> Iterator[MicroBatch]:
-        """Consecutive runs of `micro_batch` rows, the last possibly shorter."""
-        host_rows = {m: r.cpu() for m, r in self.rows.items()}
+    def split(self, micro_batch: int, modalities: Sequence[str] | None = None) -> Iterator[MicroBatch]:
+        """Consecutive runs of `micro_batch` rows, the last possibly shorter; of all modalities, or of some alone."""
+        asked = list(self.rows) if modalities is None else modalities
+        host_rows = {m: self.rows[m].cpu() for m in asked}
         for start in range(0, len(self), micro_batch):
             stop = min(start + micro_batch, len(self))
             inputs: dict[str, Any] = {}
@@ -86,16 +87,26 @@ class Batch:
                 if low < high:
                     part = slice(low, high)
                     inputs[modality] = map_tensors(self.inputs[modality], lambda t, part=part: t[part])
-            yield MicroBatch(start=start, inputs=inputs, rows=rows)
+            yield MicroBatch(start, inputs, rows, None if modalities is None else tuple(modalities))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some consecutive rows of a batch: `rows` are positions in the whole batch, `start` its first row.
+    """Some consecutive rows of a batch, and the towers that are to encode them.
 
-    `inputs` has no entry for a modality that none of the rows has.
+    Attributes:
+        start: its first row in the whole batch.
+        inputs: as in `Batch`, of these rows; no entry for a modality that none of them has.
+        rows: modality -> positions in the whole batch.
+        towers: those to run, in this order; None runs all. One without a row runs on a dummy row.
     """
 
     start: int
     inputs: Mapping[str, Any]
     rows: Mapping[str, Tensor]
+    towers: tuple[str, ...] | None = None
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Its modalities, where others are encoded in other pieces."""
+        return () if self.towers is None else tuple(self.rows)

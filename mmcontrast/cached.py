@@ -2,7 +2,8 @@
 
 Three moves: (1) encode micro-batches without a graph, (2) take the loss and its gradient at the embeddings, with all
 collectives and all of the loss's own randomness, once, (3) encode each micro-batch again and send its rows of that
-gradient through the encoders. The last micro-batch keeps its graph from (1) and needs no second forward.
+gradient through the encoders. The first micro-batches keep their graphs from (1), as many as memory is given for, and
+need no second forward.
 
 Randomness of the encoders (dropout, patch dropout) is a function of (seed, step, first row): each micro-batch is
 seeded before it is encoded, so the second forward repeats the first, a resumed run repeats the uninterrupted one, and
@@ -14,21 +15,33 @@ sample; the first pass leaves them out, and tokens live no longer than their mic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.batch import Batch, MicroBatch
+from mmcontrast.batch import Batch, MicroBatch, map_tensors
 from mmcontrast.heads.base import Head
 from mmcontrast.randomness import fold_seed
 from mmcontrast.sharding import Result, World
 
 Encode = Callable[[MicroBatch], Mapping[str, Tensor]]
-"""Micro-batch -> modality -> [n_m, D], unit norm, the rows in the order of `MicroBatch.rows`; and, where heads run,
-head -> its sum over the micro-batch, a scalar."""
+"""Micro-batch -> modality of each tower that runs -> [n_m, D], unit norm, the rows in the order of `MicroBatch.rows`;
+and, where heads run, head -> its sum over the micro-batch, a scalar."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many graphs of the first pass are kept for the second: at least `graphs`, and more while they fit `bytes`.
+
+    What is kept changes no gradient but by rounding, and no random number. The measure is what autograd saves for the
+    backward; it is the same in every run, so that a resumed run keeps the same graphs.
+    """
+
+    graphs: int = 1
+    bytes: int = 0
 
 
 def forward_backward(
@@ -36,9 +49,11 @@ def forward_backward(
     batch: Batch,
     loss: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Result],
     *,
-    micro_batch: int,
+    micro_batch: int | Mapping[str, int],
     seed: tuple[int, ...],
     first_row: int = 0,
+    keep: Keep = Keep(),
+    weights: Iterable[Tensor] = (),
     cotangent_scale: float = 1.0,
     heads: Mapping[str, Head] | None = None,
     encode_with_heads: Encode | None = None,
@@ -46,7 +61,7 @@ def forward_backward(
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Result:
-    """Add the gradient of `loss` to the encoders' `.grad`, holding the graph of one micro-batch at a time.
+    """Add the gradient of `loss` to the encoders' `.grad`, holding the graphs of a few micro-batches at a time.
 
     With heads, also that of weight * sum / count for each, where sum and count are of all ranks; the result's loss and
     terms then hold them too, equal on every rank.
@@ -55,9 +70,12 @@ def forward_backward(
         encode: the model on a micro-batch; must treat samples independently (no batch statistics).
         batch: this rank's rows.
         loss: (z, present) -> Result; z is modality -> [n, D] with zeros where absent, present modality -> [n] bool.
-        micro_batch: rows that are encoded in one go.
+        micro_batch: rows that are encoded in one go; by modality, if the towers differ. Modalities that a head reads
+            together must have the same.
         seed: with the first global row of a micro-batch, the seed of its randomness.
         first_row: global row of this rank's first row.
+        keep: graphs of the first pass that are kept.
+        weights: of the model, which do not count as kept.
         cotangent_scale: factor on all gradients; the number of ranks where a wrapper averages over them.
         heads: name -> head of the model.
         encode_with_heads: `encode` that runs the heads as well; needed if there are any.
@@ -67,40 +85,103 @@ def forward_backward(
     """
     heads = heads or {}
     with_heads = encode_with_heads or encode
-    pieces = list(batch.split(micro_batch))
+    pieces = pieces_of(batch, micro_batch)
     device = batch.ids.device
     # Before any forward: pass 2 must know by what to divide, and it ends micro-batch by micro-batch.
     counts = _sum_over_ranks({name: head.count(batch) for name, head in heads.items()}, world)
     sums = {name: torch.zeros((), device=device) for name in heads}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), no_sync():
-        chunks: list[Mapping[str, Tensor]] = []
-        for piece in pieces[:-1]:
-            with torch.no_grad():
-                chunks.append(_encode(encode, piece, seed, first_row))
-        last = _encode(with_heads, pieces[-1], seed, first_row)
-        chunks.append({m: last[m].detach() for m in batch.rows})
+        chunks: dict[str, list[Tensor]] = {m: [] for m in batch.rows}
+        graphs: list[Mapping[str, Tensor]] = []
+        measured = _Saved([*weights, *_tensors(batch)]) if keep.bytes else None
+        held, full = 0, False
+        for piece in pieces:
+            trying = len(graphs) < max(1, keep.graphs) or (measured is not None and not full)
+            if not trying:
+                with torch.no_grad():
+                    encoded = _encode(encode, piece, seed, first_row)
+            elif measured is None:
+                encoded = _encode(with_heads, piece, seed, first_row)
+                graphs.append(encoded)
+            else:
+                with measured:
+                    encoded = _encode(with_heads, piece, seed, first_row)
+                # The graph at work takes its memory in any case: the budget is for those beside it.
+                full = held + measured.bytes > keep.bytes if graphs else False
+                if not full or len(graphs) < keep.graphs:
+                    held += measured.bytes if graphs else 0
+                    graphs.append(encoded)
+            for m in piece.rows:
+                chunks[m].append(encoded[m].detach())
+            del encoded  # or else the graph of one that did not fit would live on
 
         present = {m: batch.present(m) for m in batch.rows}
-        z = {m: _assemble([c[m] for c in chunks], batch.rows[m], len(batch)) for m in batch.rows}
+        z = {m: _assemble(chunks.pop(m), batch.rows[m], len(batch)) for m in batch.rows}
         result = loss(z, present)
+        del z
 
         cotangents = {m: g * cotangent_scale for m, g in result.gradients.items()}
         counts = {name: count.clamp(min=1).to(result.loss.dtype) for name, count in counts.items()}
         cotangents |= {name: head.weight * cotangent_scale / counts[name] for name, head in heads.items()}
-        for piece in pieces[:-1]:
-            encoded = _encode(with_heads, piece, seed, first_row)
-            sums = {name: total + encoded[name].detach() for name, total in sums.items()}
-            _backward(encoded, piece, cotangents)
+        graphs.reverse()  # so that each is let go of as soon as it has been used
+        for at, piece in enumerate(pieces):
+            encoded = graphs.pop() if graphs else _encode(with_heads, piece, seed, first_row)
+            sums = {name: total + encoded[name].detach() if name in encoded else total for name, total in sums.items()}
+            with sync() if at == len(pieces) - 1 else nullcontext():
+                _backward(encoded, piece, cotangents)
             del encoded  # or else its tokens would live on beside the next micro-batch's
-    sums = {name: total + last[name].detach() for name, total in sums.items()}
-    with sync():
-        _backward(last, pieces[-1], cotangents)
     if not heads:
         return result
     terms = {name: total / counts[name] for name, total in _sum_over_ranks(sums, world).items()}
     of_heads = torch.stack([heads[name].weight * term for name, term in terms.items()]).sum()
     return replace(result, loss=result.loss + of_heads, terms={**result.terms, **terms})
+
+
+def pieces_of(batch: Batch, micro_batch: int | Mapping[str, int]) -> list[MicroBatch]:
+    """The micro-batches, towers of one size together, the smaller ones last."""
+    if isinstance(micro_batch, int) or len(set(micro_batch.values())) == 1:
+        size = micro_batch if isinstance(micro_batch, int) else next(iter(micro_batch.values()))
+        return list(batch.split(size))
+    sizes: dict[int, list[str]] = {}
+    for modality in batch.rows:
+        sizes.setdefault(micro_batch[modality], []).append(modality)
+    pieces = [piece for size in sorted(sizes, reverse=True) for piece in batch.split(size, sizes[size])]
+    # A wrapper that reduces gradients waits for those of all towers in the last backward. The others run after those
+    # of the piece, whose random numbers must not depend on which piece is a rank's last.
+    own = pieces[-1].apart
+    return [*pieces[:-1], replace(pieces[-1], towers=(*own, *(m for m in batch.rows if m not in own)))]
+
+
+class _Saved:
+    """Bytes that autograd saves within a context, each memory once, without that of `there`."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        self.bytes = 0
+        self._there = {t.untyped_storage().data_ptr() for t in there}
+        self._seen: set[int] = set()
+
+    def __enter__(self) -> None:
+        self.bytes, self._seen = 0, set(self._there)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda t: t)
+        self._hooks.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _note(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return t
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    found: list[Tensor] = []
+    for x in batch.inputs.values():
+        map_tensors(x, lambda t: found.append(t) or t)
+    return found
 
 
 def _sum_over_ranks(values: Mapping[str, Tensor], world: World | None) -> dict[str, Tensor]:
@@ -110,7 +191,8 @@ def _sum_over_ranks(values: Mapping[str, Tensor], world: World | None) -> dict[s
 
 
 def _encode(encode: Encode, piece: MicroBatch, seed: tuple[int, ...], first_row: int) -> Mapping[str, Tensor]:
-    torch.manual_seed(fold_seed(*seed, first_row + piece.start))
+    # Towers that are encoded apart must not draw the same masks.
+    torch.manual_seed(fold_seed(*seed, first_row + piece.start, *piece.apart))
     return encode(piece)
 
 
@@ -123,10 +205,18 @@ def _assemble(chunks: list[Tensor], rows: Tensor, n: int) -> Tensor:
 def _backward(encoded: Mapping[str, Tensor], piece: MicroBatch, cotangents: Mapping[str, Tensor]) -> None:
     outputs = {name: t for name, t in encoded.items() if t.requires_grad}
     if outputs:
-        gradients = [cotangents[n][piece.rows[n]] if n in piece.rows else cotangents[n] for n in outputs]
-        # The cotangent of a head's sum is of the loss's type; under autocast the sum may be of another.
-        gradients = [g.to(t.dtype) for g, t in zip(gradients, outputs.values(), strict=True)]
+        gradients = [_cotangent(name, t, piece, cotangents) for name, t in outputs.items()]
         torch.autograd.backward(list(outputs.values()), gradients)
+
+
+def _cotangent(name: str, output: Tensor, piece: MicroBatch, cotangents: Mapping[str, Tensor]) -> Tensor:
+    if name in piece.rows:
+        found = cotangents[name][piece.rows[name]]
+    elif output.ndim:  # a tower that ran on a dummy row for the sake of the others
+        found = torch.zeros_like(output)
+    else:
+        found = cotangents[name]
+    return found.to(output.dtype)  # under autocast a head's sum may be of another type than the loss
 
 
 def batch_coupled_layers(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import Batch, MicroBatch
-from mmcontrast.cached import batch_coupled_layers, forward_backward
+from mmcontrast.cached import Keep, batch_coupled_layers, forward_backward
 from mmcontrast.checkpoint import (
     Checkpoints,
     list_checkpoints,
@@ -41,7 +41,8 @@ from mmcontrast.objectives.base import Objective
 from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
 from mmcontrast.sharding import Result, World, value_and_grad
 
-_FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "micro_batch", "block", "keep_bytes")
+_FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "block", "keep_bytes")
+_FREE += ("micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes")
 # Which data they are, the fingerprint says.
 _FREE_DATA = ("shards", "workers", "threads", "timeout", "max_bad_fraction")
 
@@ -75,6 +76,12 @@ class Trainer(Configurable):
         """The run folder; a run that is there already goes on."""
         micro_batch: int = 256
         """Samples that a rank encodes at once; bounds memory and changes no gradient (with dropout, other masks)."""
+        tower_micro_batch: dict[str, int] = field(default_factory=dict[str, int])
+        """Modality -> the same for its tower, where it differs: a small text tower takes more at once."""
+        keep_graphs: int = 1
+        """Micro-batches that keep their activations and are not encoded a second time; changes no gradient."""
+        keep_graph_bytes: int = 0
+        """Further ones keep theirs as long as they fit into this, beside the one at work; changes no gradient."""
         block: int | None = 1024
         """Anchors whose scores a rank holds at once; bounds the loss's memory and changes no gradient."""
         keep_bytes: int = 256 << 20
@@ -145,6 +152,8 @@ class Trainer(Configurable):
                 )
         for name in self.model.terms.keys() & self.terms.keys():
             raise ConfigError(f"a head and an objective are both called {name!r}; rename one, for their values' sake")
+        self.micro_batches = {m: config.tower_micro_batch.get(m, config.micro_batch) for m in self.model.modalities}
+        self._check_micro_batches()
         self.evaluators: dict[str, Evaluator] = {name: e.build() for name, e in config.evaluators.items()}
         self.stream: Batches = config.data.build(
             self.model.transforms(train=True),
@@ -161,6 +170,18 @@ class Trainer(Configurable):
         self.checkpoints: Checkpoints = config.checkpoint.build(config.out)
         self.names = names_of(("model", self.model), ("objectives", self.objectives))
         self.tally = Tally()
+
+    def _check_micro_batches(self) -> None:
+        """Raise where a tower is asked for that is not there, or one head would read two sizes."""
+        for name, size in self.config.tower_micro_batch.items():
+            if name not in self.model.modalities:
+                raise ConfigError(f"tower_micro_batch names {name!r}{suggest(name, self.model.modalities)}")
+            if size < 1:
+                raise ConfigError(f"tower_micro_batch is {size} for {name!r}; it must be at least 1")
+        for name, head in self.model.terms.items():
+            sizes = {m: self.micro_batches[m] for m in head.modalities}
+            if len(set(sizes.values())) > 1:
+                raise ConfigError(f"the head {name!r} reads towers of different micro-batches, {sizes}; give them one")
 
     @property
     def terms(self) -> dict[str, Objective]:
@@ -219,12 +240,14 @@ class Trainer(Configurable):
         """One optimizer step on this rank's batch."""
         self.model.train()
         with self.accelerator.autocast():
-            pooled = self.model.pool_frozen(batch, self.config.micro_batch)
+            pooled = self.model.pool_frozen(batch, self.micro_batches)
         result = forward_backward(
             self._encode,
             pooled,
             lambda z, present: self._loss(z, present, batch, step),
-            micro_batch=self.config.micro_batch,
+            micro_batch=self.micro_batches,
+            keep=Keep(self.config.keep_graphs, self.config.keep_graph_bytes),
+            weights=[*self.model.parameters(), *self.model.buffers()],
             seed=(self.config.seed, step),
             first_row=self.world.rank * len(batch),
             cotangent_scale=self.world.size,  # undoes DDP's averaging of gradients over ranks
@@ -255,10 +278,10 @@ class Trainer(Configurable):
         return values
 
     def _encode(self, piece: MicroBatch) -> Mapping[str, Tensor]:
-        return self.wrapped(piece.inputs)
+        return self.wrapped(piece.inputs, towers=piece.towers)
 
     def _encode_with_heads(self, piece: MicroBatch) -> Mapping[str, Tensor]:
-        return self.wrapped(piece.inputs, piece.rows)
+        return self.wrapped(piece.inputs, piece.rows, towers=piece.towers)
 
     def _loss(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int) -> Result:
         return value_and_grad(
@@ -389,8 +412,9 @@ def _check(config: Trainer.Config) -> None:
     for name in ("block", "eval_every"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1, or None")
-    if config.keep_bytes < 0:
-        raise ConfigError(f"keep_bytes is {config.keep_bytes}; it must be 0 or more")
+    for name in ("keep_bytes", "keep_graph_bytes", "keep_graphs"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be 0 or more")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm is {config.clip_norm}; it must be above 0, or None")
     if not 0 <= config.seed < 2**63:

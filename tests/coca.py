@@ -160,6 +160,7 @@ def slow_contrastive_loss(x: Tensor, y: Tensor, has_x: Tensor, has_y: Tensor, sc
 def recipe() -> Trainer.Config:
     """`shapes.recipe` with captions: what a sample lacks, it lacks."""
     config = shapes.recipe()
+    config.tower_micro_batch = {}  # the head reads both towers
     tower = config.model.encoders["image"]
     model = MultiEncoder.Config(
         encoders={

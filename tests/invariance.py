@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmcontrast import tiles
 from mmcontrast.batch import Batch, MicroBatch
-from mmcontrast.cached import forward_backward
+from mmcontrast.cached import Keep, forward_backward
 from mmcontrast.objectives.base import Objective
 from mmcontrast.sharding import Result, World, value_and_grad
 from tests.formulas import Formula
@@ -48,7 +48,8 @@ class Case:
     missing: bool
     world: int = 1
     block: int | None = None
-    micro_batch: int = ROWS
+    micro_batch: int | Mapping[str, int] = ROWS
+    keep: Keep = Keep()
     kernel: Kernel = PLAIN
 
 
@@ -175,8 +176,9 @@ def run_engine(group: Any, case: Case) -> Outcome:
 
     def encode(piece: MicroBatch) -> dict[str, Tensor]:
         return {
-            m: nn.functional.normalize(encoder(piece.inputs.get(m, nothing[m])), dim=-1)[: len(piece.rows[m])]
+            m: nn.functional.normalize(encoder(piece.inputs.get(m, nothing[m])), dim=-1)[: len(piece.rows.get(m, ()))]
             for m, encoder in encoders.items()
+            if piece.towers is None or m in piece.towers
         }
 
     for step in range(STEPS):
@@ -206,7 +208,7 @@ def run_engine(group: Any, case: Case) -> Outcome:
             return result
 
         with watched(case.kernel, outcome.paths):
-            result = forward_backward(encode, local, loss, micro_batch=case.micro_batch, seed=(step,))
+            result = forward_backward(encode, local, loss, micro_batch=case.micro_batch, seed=(step,), keep=case.keep)
         parameters = [p for p in encoders.parameters()]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         for parameter, total in zip(parameters, world.sum(grads), strict=True):

@@ -92,11 +92,14 @@ def recipe() -> Trainer.Config:
         ),
         data=Stream.Config(shards=("shapes",), workers=0),
         objectives={"clip": InfoNCE.Config()},
-        optimizer=AdamW.Config(lr=1e-3),
+        # The bias of attention's keys has no gradient but rounding, which a smaller eps would turn into steps.
+        optimizer=AdamW.Config(lr=1e-3, eps=1e-5),
         checkpoint=Checkpoints.Config(every=2, keep=10),
         steps=8,
         global_batch=8,
         micro_batch=2,
+        tower_micro_batch={"text": 4},
+        keep_graphs=2,
         block=3,
         log_every=1,
     )

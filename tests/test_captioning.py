@@ -434,9 +434,10 @@ def test_frozen_towers_are_pooled_ahead_only_where_no_head_needs_their_tokens() 
         tower.freeze = ("all",)
     model = build(config)
     batch = whole_batch(model, True)
-    assert model.pool_frozen(batch, 5).inputs == batch.inputs
+    sizes = dict.fromkeys(batch.rows, 5)
+    assert model.pool_frozen(batch, sizes).inputs == batch.inputs
     config.heads = {}
-    pooled = build(config).pool_frozen(batch, 5).inputs
+    pooled = build(config).pool_frozen(batch, sizes).inputs
     assert all(list(pooled[m]) != list(batch.inputs[m]) for m in pooled)
     model(batch.inputs, batch.rows)["caption"].backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}

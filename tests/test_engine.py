@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmcontrast.batch import Batch, MicroBatch
-from mmcontrast.cached import batch_coupled_layers, forward_backward
+from mmcontrast.cached import Keep, batch_coupled_layers, forward_backward
 from mmcontrast.objectives import (
     CWCL,
     DCL,
@@ -164,6 +164,12 @@ OBJECTIVES: dict[str, tuple[dict[str, Objective.Config], dict[str, Formula]]] = 
 }
 
 BLOCKS, MICRO_BATCHES = (1, 3, None), (ROWS, 1, 4)
+CACHES: dict[int, tuple[int | dict[str, int], Keep]] = {
+    ROWS: (ROWS, Keep()),
+    1: ({"image": 1, "text": 3, "audio": ROWS, "touch": 3}, Keep(graphs=4)),
+    4: (4, Keep(bytes=1 << 20)),
+}
+"""Micro-batch -> how the cache is asked: also of another size for each tower, and with graphs that are kept."""
 Cell = tuple[int, int | None, int, Kernel, bool]
 """Ranks, block, micro-batch, way through the kernel, and whether modalities are missing."""
 # Each value of ranks, block, micro-batch and kernel meets each value of the other three (an orthogonal array), and
@@ -211,7 +217,7 @@ def test_same_gradient_everywhere(
     cell: Cell,
 ) -> None:
     world, block, micro_batch, kernel, missing = cell
-    case = Case(OBJECTIVES[objective][0], missing, world, block, micro_batch, kernel)
+    case = Case(OBJECTIVES[objective][0], missing, world, block, *CACHES[micro_batch], kernel)
     for got in gloo(world, run_engine, case):
         assert_same(got, _reference(references, objective, missing))
 
@@ -238,7 +244,7 @@ def test_every_way_through_the_kernel_is_taken(missing: bool) -> None:
     clip, saturated = (OBJECTIVES[name][0] for name in ("clip", "clip, saturated"))
 
     def ways(configs: Any, kernel: Kernel, block: int | None = 3) -> Counter[str]:
-        return run_engine(None, Case(configs, missing, 1, block, ROWS, kernel)).paths
+        return run_engine(None, Case(configs, missing, 1, block, kernel=kernel)).paths
 
     plain, some, everything = (ways(clip, kernel) for kernel in KERNELS)
     assert plain["exponentials"] and not plain["maximum subtracted"]
@@ -289,42 +295,82 @@ def test_logsumexp_over_ranks_is_stable(gloo: GlooPool) -> None:
         torch.testing.assert_close(got, torch.logsumexp(everything, 0), rtol=1e-12, atol=0)
 
 
-def test_dropout_is_replayed() -> None:
-    """With dropout the cached gradient equals that of one forward with the same masks, and masks do differ by row."""
-    torch.manual_seed(0)
-    first = nn.Linear(6, 32)
-    encoder = nn.Sequential(first, nn.Dropout(0.5), nn.Linear(32, 4)).double()
-    x = torch.randn(12, 6, dtype=torch.float64)
-    batch = Batch(inputs={"image": x}, rows={"image": torch.arange(12)}, ids=torch.arange(12))
-    seen: list[torch.Tensor] = []
+class Dropping(nn.Module):
+    """A tower with dropout that notes its inputs; the sine, the mask and the last layer keep 32 numbers of each row."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last = nn.Linear(6, 32).double(), nn.Linear(32, 4).double()
+        self.asked: list[tuple[int, bool]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked.append((len(x), torch.is_grad_enabled()))
+        return self.last(nn.functional.dropout(self.first(x).sin(), 0.5))
+
+
+def _coupled(z: Any, present: Any) -> Result:
+    leaves = {m: t.detach().requires_grad_() for m, t in z.items()}
+    value = torch.cat([*leaves.values()]).square().sum() * torch.stack([t.sum() for t in leaves.values()]).prod()
+    return Result(value.detach(), {}, dict(zip(leaves, torch.autograd.grad(value, [*leaves.values()]), strict=True)))
+
+
+ROW_BYTES = 8 * (32 + 32 + 32)
+SPLITS_OF_12: list[tuple[int | dict[str, int], Keep, int]] = [
+    (5, Keep(), 1),
+    (5, Keep(graphs=0), 1),
+    (5, Keep(graphs=2), 2),
+    (5, Keep(graphs=9), 3),
+    (4, Keep(bytes=2 * 4 * ROW_BYTES - 1), 1),
+    (4, Keep(bytes=2 * 4 * ROW_BYTES), 2),
+    (4, Keep(bytes=4 * 4 * ROW_BYTES - 1), 2),
+    (4, Keep(bytes=4 * 4 * ROW_BYTES), 3),
+    (4, Keep(graphs=2, bytes=1), 2),
+    ({"image": 3, "text": 12}, Keep(), 1),
+    ({"image": 3, "text": 6}, Keep(graphs=3), 3),
+    ({"image": 6, "text": 3}, Keep(bytes=1 << 20), 6),
+]
+
+
+@pytest.mark.parametrize(("micro_batch", "keep", "kept"), SPLITS_OF_12)
+def test_dropout_is_replayed(micro_batch: int | dict[str, int], keep: Keep, kept: int) -> None:
+    """The cached gradient is that of one forward with the same masks; graphs that are kept are not made twice."""
+    towers = {"image": Dropping(0), "text": Dropping(1)}
+    x = {m: torch.randn(12, 6, dtype=torch.float64) for m in towers}
+    batch = Batch(inputs=x, rows=dict.fromkeys(x, torch.arange(12)), ids=torch.arange(12))
 
     def encode(piece: MicroBatch) -> dict[str, torch.Tensor]:
-        seen.append(encoder(piece.inputs["image"]))
-        return {"image": seen[-1]}
+        asked = towers if piece.towers is None else piece.towers
+        empty = torch.zeros(1, 6, dtype=torch.float64)
+        return {m: towers[m](piece.inputs.get(m, empty))[: len(piece.rows.get(m, ()))] for m in asked}
 
-    def loss(z: Any, present: Any) -> Result:
-        leaf = z["image"].detach().requires_grad_()
-        value = leaf.square().sum() * leaf.sum()
-        return Result(value.detach(), {}, {"image": torch.autograd.grad(value, leaf)[0]})
-
+    weights = [p for tower in towers.values() for p in tower.parameters()]
     before = torch.random.get_rng_state()
-    forward_backward(encode, batch, loss, micro_batch=5, seed=(7, 1))
+    forward_backward(encode, batch, _coupled, micro_batch=micro_batch, seed=(7, 1), keep=keep, weights=weights)
     assert torch.equal(before, torch.random.get_rng_state()), "the caller's random state was touched"
-    assert len(seen) == 5  # three micro-batches, the last of which needs no second forward
-    assert torch.equal(seen[0], seen[3]) and torch.equal(seen[1], seen[4])
-    weight = first.weight.grad
-    assert weight is not None
+    found = [p.grad for p in weights]
+    sizes = dict.fromkeys(towers, micro_batch) if isinstance(micro_batch, int) else micro_batch
+    pieces = sum(-(-12 // size) for size in set(sizes.values()))
+    per_piece = len(towers) if len(set(sizes.values())) == 1 else 1
+    forwards = [rows for tower in towers.values() for rows, _ in tower.asked if rows > 1]
+    # A budget is tried once more than it holds, by a forward that must be done in any case.
+    assert len(forwards) == per_piece * (2 * pieces - kept)
 
-    encoder.zero_grad()
-    parts: list[torch.Tensor] = []
-    for start in (0, 5, 10):
-        torch.manual_seed(fold_seed(7, 1, start))
-        parts.append(encoder(x[start : start + 5]))
-    z = torch.cat(parts)
-    (z.square().sum() * z.sum()).backward()
-    want = first.weight.grad
-    assert want is not None and want.abs().max() > 0
-    torch.testing.assert_close(weight, want, rtol=1e-12, atol=1e-12)
+    parts: dict[str, list[torch.Tensor]] = {m: [] for m in towers}
+    for tower in towers.values():
+        tower.zero_grad()
+    for size in {*sizes.values()}:
+        together = [m for m in towers if sizes[m] == size]
+        for start in range(0, 12, size):
+            apart = () if len(together) == len(towers) else together
+            torch.manual_seed(fold_seed(7, 1, start, *apart))
+            for m in together:
+                parts[m].append(towers[m](x[m][start : start + size]))
+    z = {m: torch.cat(p) for m, p in parts.items()}
+    (torch.cat([*z.values()]).square().sum() * torch.stack([t.sum() for t in z.values()]).prod()).backward()
+    for got, parameter in zip(found, weights, strict=True):
+        assert got is not None and parameter.grad is not None and parameter.grad.abs().max() > 0
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norm_is_found() -> None:

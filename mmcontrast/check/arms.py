@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import Batch, map_tensors
+from mmcontrast.cached import pieces_of
 from mmcontrast.checkpoint import names_of
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
@@ -74,6 +75,12 @@ def prepared(config: Trainer.Config, rows: int) -> tuple[Trainer.Config, int]:
         data=replace(config.data, lanes=math.gcd(config.data.lanes, rows), workers=0),
         global_batch=rows,
         micro_batch=rows // PIECES,
+        tower_micro_batch={
+            m: min(rows, max(1, rows // PIECES * size // config.micro_batch))
+            for m, size in config.tower_micro_batch.items()
+        },
+        keep_graphs=2,  # some are kept, some made again
+        keep_graph_bytes=0,
         block=BLOCK,
         keep_bytes=BLOCK * rows * 8,  # of the score tiles some are kept, some computed twice
         steps=max(config.steps, step + 1),
@@ -156,11 +163,18 @@ def batch_of(job: Job, name: str, drawn: Batch, *, rank: int = 0) -> Batch:
 
 
 def reference(
-    model: MultiEncoder, objectives: Mapping[str, Objective], batch: Batch, *, micro_batch: int, seed: int, step: int
+    model: MultiEncoder,
+    objectives: Mapping[str, Objective],
+    batch: Batch,
+    *,
+    sizes: Mapping[str, int],
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Loss, and gradients by name, of plain autograd: all graphs kept, no cache, no blocks, no collectives.
 
-    The pieces are those of the cache, with its seeds, for the same dropout; a frozen tower is not pooled ahead.
+    The pieces are those of the cache, with its seeds, for the same dropout; a frozen tower is not pooled ahead. `sizes`
+    are the micro-batches of the towers.
 
     Raises:
         ConfigError: nothing trains.
@@ -171,17 +185,17 @@ def reference(
         parameter.grad = None
     with torch.random.fork_rng(devices=[]):
         outputs: list[Mapping[str, Tensor]] = []
-        for piece in batch.split(micro_batch):
-            torch.manual_seed(fold_seed(seed, step, piece.start))
-            outputs.append(model(piece.inputs, piece.rows))
+        for piece in pieces_of(batch, sizes):
+            torch.manual_seed(fold_seed(seed, step, piece.start, *piece.apart))
+            outputs.append(model(piece.inputs, piece.rows, towers=piece.towers))
     z: dict[str, Tensor] = {}
     for modality, index in batch.rows.items():
-        encoded = torch.cat([found[modality] for found in outputs])
+        encoded = torch.cat([found[modality] for found in outputs if modality in found])
         z[modality] = encoded.new_zeros(len(batch), encoded.shape[1]).index_copy(0, index, encoded)
     present = {m: batch.present(m) for m in batch.rows}
     loss = plain_loss(objectives, z, present, batch.ids, groups=batch.groups, step=step)
     for name, head in model.terms.items():
-        total = torch.stack([found[name] for found in outputs]).sum()
+        total = torch.stack([found[name] for found in outputs if name in found]).sum()
         loss = loss + head.weight * total / head.count(batch).clamp(min=1)
     if not loss.requires_grad:
         raise ConfigError("no parameter trains: every tower is frozen and no objective learns")

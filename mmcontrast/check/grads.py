@@ -185,7 +185,8 @@ def _save_reference(
     """Write the reference of one batch for the arms, and note what it shows."""
     c = job.config
     load_weights(job, model, nn.ModuleDict(terms))
-    loss, gradients = reference(model, terms, batch, micro_batch=c.micro_batch, seed=c.seed, step=job.step)
+    sizes = {m: c.tower_micro_batch.get(m, c.micro_batch) for m in model.modalities}
+    loss, gradients = reference(model, terms, batch, sizes, c.seed, job.step)
     save_reference(job, name, loss, gradients)
     present = {m: len(batch.rows[m]) for m in model.modalities}
     proof.batches[name] = Compared(present, float(loss), largest(gradients))

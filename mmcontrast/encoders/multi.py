@@ -91,12 +91,17 @@ class MultiEncoder(nn.Module, Configurable):
         """Name -> head."""
         return {name: cast(Head, head) for name, head in self.heads.items()}
 
-    def forward(self, inputs: Mapping[str, Any], rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> inputs [n_m, ...]; gives modality -> [n_m, D] unit norm for every modality.
+    def forward(
+        self,
+        inputs: Mapping[str, Any],
+        rows: Mapping[str, Tensor] | None = None,
+        towers: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Modality -> inputs [n_m, ...]; gives modality -> [n_m, D] unit norm, of all or of `towers` in turn.
 
-        With `rows` (modality -> [n_m], ascending, as in `Batch`) the heads run too, on the same graph, and the sum of
-        each is found under its name. A head that no row concerns runs on one dummy row and comes out as 0, with a
-        gradient of zero for each of its parameters.
+        With `rows` (modality -> [n_m], ascending, as in `Batch`) the heads on these towers run too, on the same graph,
+        and the sum of each is found under its name. A head that no row concerns runs on one dummy row and comes out as
+        0, with a gradient of zero for each of its parameters.
 
         Raises:
             ConfigError: inputs of a modality that the model does not have.
@@ -105,7 +110,8 @@ class MultiEncoder(nn.Module, Configurable):
             self.encoder(modality)
         found: dict[str, Tensor] = {}
         tokens: dict[str, Tensor | None] = {}
-        seen = {m: inputs[m] if m in inputs else self.encoder(m).example() for m in self.encoders}
+        asked = list(self.encoders if towers is None else towers)
+        seen = {m: inputs[m] if m in inputs else self.encoder(m).example() for m in asked}
         for m, x in seen.items():
             z, tokens[m] = self._encode(m, x)
             found[m] = z if m in inputs else z[:0]
@@ -113,15 +119,18 @@ class MultiEncoder(nn.Module, Configurable):
                 del tokens[m]
         # After all towers, so that these draw the same random numbers with heads and without.
         if rows is not None:
+            nowhere = next(iter(rows.values())).new_zeros(0)
+            rows = {m: rows.get(m, nowhere) for m in asked}
             for name, head in self.terms.items():
-                found[name] = _run_head(head, seen, cast(dict[str, Tensor], tokens), rows)
+                if all(m in seen for m in head.modalities):
+                    found[name] = _run_head(head, seen, cast(dict[str, Tensor], tokens), rows)
         return found
 
     def _needs_tokens(self, modality: str) -> bool:
         return any(modality in head.modalities for head in self.terms.values())
 
     @torch.no_grad()
-    def pool_frozen(self, batch: Batch, micro_batch: int) -> Batch:
+    def pool_frozen(self, batch: Batch, micro_batches: Mapping[str, int]) -> Batch:
         """The batch with the inputs of frozen towers replaced by what they pool from them.
 
         A frozen tower answers the same in both passes of the gradient cache, so it need not be asked twice; unless
@@ -131,7 +140,8 @@ class MultiEncoder(nn.Module, Configurable):
         for modality in inputs:
             encoder = self.encoder(modality)
             if encoder.frozen and not self._needs_tokens(modality):
-                pieces = (piece.inputs[modality] for piece in batch.split(micro_batch) if modality in piece.inputs)
+                split = batch.split(micro_batches[modality], [modality])
+                pieces = (piece.inputs[modality] for piece in split if modality in piece.inputs)
                 inputs[modality] = {_POOLED: torch.cat([encoder(x)[0] for x in pieces])}
         return replace(batch, inputs=inputs)
 
