@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
 from mmcontrast.config import ConfigError
-from mmcontrast.data_prep.split import Item, Summary, shares, split_of, write_splits
-from mmcontrast.shard_writer import Sample, ShardWriter
+from mmcontrast.data_prep.source import Grouped, Item, Row, numbered
+from mmcontrast.shard_writer import Sample
 
 _VARIANTS = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "facing", "right"}
 _SIDE = 96
+STYLE = "style"
+"""The split of line drawings."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +90,35 @@ def _lines_only(svg: str) -> str:
     return Tree.tostring(root, encoding="unicode")
 
 
-def prepare(out: Path, *, val: float = 0.05, test: float = 0.1, overwrite: bool = False) -> Summary:
-    """Write OUT/train, OUT/val, OUT/test and OUT/style.
+@dataclass(frozen=True, kw_only=True)
+class OpenMoji(Grouped):
+    """OpenMoji pictures and their names, from pip packages (the extra [demo])."""
 
-    Raises:
-        ConfigError: the demo data are not installed, or shards are there already.
-    """
-    known = emojis()
-    about = {"source": "OpenMoji", "licence": "CC BY-SA 4.0", "names": "emoji (Python package)"}
-    fractions = shares(val, test)  # before the shards that are there are replaced
+    @property
+    def splits(self) -> Sequence[str]:
+        """Those that concepts are divided into, and the training concepts' line drawings."""
+        return [*super().splits, STYLE]
 
-    def sample(number: int, emoji: Emoji, png: bytes) -> Sample:
+    def about(self, split: str) -> Mapping[str, Any]:
+        """Source and licence."""
+        about = {"source": "OpenMoji", "licence": "CC BY-SA 4.0", "names": "emoji (Python package)"}
+        return about | ({"style": "line drawings"} if split == STYLE else {})
+
+    def rows(self) -> Sequence[Row]:
+        """One per emoji."""
+        return numbered((emoji.name, emoji) for emoji in emojis())
+
+    def encode(self, row: Row) -> Sequence[Item]:
+        """A picture, and a drawing of it if it is trained on; nothing where OpenMoji has none."""
+        emoji: Emoji = row.data
+        split, png = self.split_of(emoji.concept), render(emoji.characters)
+        found = [] if png is None else [(split, png)]
+        if png is not None and split == "train":
+            drawing = render(emoji.characters, color=False)
+            if drawing not in (None, png):  # what has no colour anyway was trained on as it is
+                found.append((STYLE, drawing))
         meta = {"label": emoji.name, "concept": emoji.concept, "emoji": emoji.characters}
-        return Sample(f"{number:06d}", {"png": png, "txt": emoji.name, "json": meta})
-
-    def items() -> Iterator[Item]:
-        for number, emoji in enumerate(known):
-            png = render(emoji.characters)
-            if png is None:
-                continue
-            yield Item(sample(number, emoji, png), emoji.concept)
-            if split_of(emoji.concept, fractions) == "train":
-                drawing = render(emoji.characters, color=False)
-                if drawing not in (None, png):  # what has no colour anyway was trained on as it is
-                    style.write(sample(number, emoji, drawing))
-
-    with ShardWriter(out / "style", overwrite=overwrite, about=about | {"style": "line drawings"}) as style:
-        return write_splits(items(), out, val=val, test=test, overwrite=overwrite, about=about, total=len(known))
+        return [
+            Item(split, Sample(f"{row.number:06d}", {"png": data, "txt": emoji.name, "json": meta}))
+            for split, data in found
+        ]

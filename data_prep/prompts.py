@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.debian import package_files
-from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
+from mmcontrast.data_prep.source import Grouped, Item, Row, numbered
 from mmcontrast.decode import audio
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
@@ -25,59 +26,75 @@ SOUNDS = "usr/share/asterisk/sounds"
 _SILENT = 0.01  # largest amplitude of what counts as silence
 
 
-def prepare(
-    out: Path,
-    *,
-    languages: Sequence[str] = LANGUAGES,
-    root: Path = Path("/"),
-    fetch: bool = False,
-    val: float = 0.05,
-    test: float = 0.2,
-    overwrite: bool = False,
-) -> Summary:
-    """Write OUT/train, OUT/val and OUT/test.
+@dataclass(frozen=True)
+class Recording:
+    """A file, its metadata, what is said in it where that is known, and whether it is speech at all."""
+
+    path: Path
+    meta: Mapping[str, str]
+    text: str | None
+    spoken: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Grouped):
+    """Asterisk's spoken prompts with their texts in five languages, from Debian packages (the extra [audio]).
 
     A sample is a recording (`wav`), its text where it is known (`txt`), and metadata: `language`, `prompt` (the same
     for the same sentence in all languages), `speaker`, `seconds`. Tones and silence are refused.
-
-    Args:
-        out: where the shards are written.
-        languages: two letters each.
-        root: / if the packages are installed, or where they were unpacked.
-        fetch: download and unpack the packages into the user's cache.
-        val: share of the prompts for validation.
-        test: share of the prompts for testing.
-        overwrite: replace shards that are there.
-
-    Raises:
-        ConfigError: a package is not there, or shards are there already.
     """
-    for language in languages:
-        if not re.fullmatch("[a-z]{2}", language):
-            raise ConfigError(f"a language is two letters such as en, got {language!r}")
-    packages = [f"asterisk-core-sounds-{language}{end}" for language in languages for end in ("-wav", "")]
-    documents = [_texts(language).parent.as_posix() for language in languages]
-    root = package_files("prompts", packages, [SOUNDS, *documents], root=root, fetch=fetch)
-    texts = {language: read_texts(root / _texts(language)) for language in languages}
-    # A text in brackets says what is to be heard, not what is said; in any language, since translations vary.
-    unspoken = {p for known in texts.values() for p, text in known.items() if re.fullmatch(r"\[.*\]|\(.*\)", text)}
-    recordings = [(language, *found) for language in languages for found in _recordings(root / SOUNDS, language)]
-    about = {
-        "source": "Asterisk core sounds",
-        "licence": "CC BY-SA 3.0 (en, es, fr), CC BY 3.0 (it, ru)",
-        "packages": packages,
-    }
 
-    def items() -> Iterator[Item | Refused]:
-        for number, (language, speaker, path) in enumerate(recordings):
-            prompt = path.relative_to(root / SOUNDS / speaker).with_suffix("").as_posix()
-            if prompt in unspoken:
-                yield Refused(f"{language}/{prompt}", "not speech, as its text says")
-            else:
+    languages: tuple[str, ...] = LANGUAGES
+    """Two letters each."""
+    root: Path = Path("/")
+    """/ if the packages are installed, or the folder they were unpacked in."""
+    fetch: bool = False
+    """Download and unpack the packages into the cache folder instead."""
+    test: float = 0.2
+
+    def _packages(self) -> list[str]:
+        return [f"asterisk-core-sounds-{language}{end}" for language in self.languages for end in ("-wav", "")]
+
+    def about(self, split: str) -> Mapping[str, Any]:
+        """Source and licence."""
+        return {
+            "source": "Asterisk core sounds",
+            "licence": "CC BY-SA 3.0 (en, es, fr), CC BY 3.0 (it, ru)",
+            "packages": self._packages(),
+        }
+
+    def rows(self) -> Sequence[Row]:
+        """One per recording."""
+        for language in self.languages:
+            if not re.fullmatch("[a-z]{2}", language):
+                raise ConfigError(f"a language is two letters such as en, got {language!r}")
+        documents = [_texts(language).parent.as_posix() for language in self.languages]
+        root = package_files("prompts", self._packages(), [SOUNDS, *documents], root=self.root, fetch=self.fetch)
+        texts = {language: read_texts(root / _texts(language)) for language in self.languages}
+        # A text in brackets says what is to be heard, not what is said; in any language, since translations vary.
+        unspoken = {p for known in texts.values() for p, text in known.items() if re.fullmatch(r"\[.*\]|\(.*\)", text)}
+        found: list[tuple[str, Recording]] = []
+        for language in self.languages:
+            for speaker, path in _recordings(root / SOUNDS, language):
+                prompt = path.relative_to(root / SOUNDS / speaker).with_suffix("").as_posix()
                 meta = {"language": language, "prompt": prompt, "speaker": speaker}
-                yield _item(number, path, meta, texts[language].get(prompt))
+                found.append(
+                    (f"{language}/{prompt}", Recording(path, meta, texts[language].get(prompt), prompt not in unspoken))
+                )
+        return numbered(found)
 
-    return write_splits(items(), out, val=val, test=test, overwrite=overwrite, about=about, total=len(recordings))
+    def encode(self, row: Row) -> Sequence[Item]:
+        """A recording with its text."""
+        found: Recording = row.data
+        if not found.spoken:
+            raise BadSample("not speech, as its text says")
+        data = found.path.read_bytes()
+        sound = audio(data)
+        if float(sound.read().abs().max()) < _SILENT:
+            raise BadSample("silent")
+        members: dict[str, Any] = {"wav": data} | ({"txt": found.text} if found.text else {})
+        members["json"] = {**found.meta, "seconds": round(sound.frames / sound.rate, 3)}
+        return [Item(self.split_of(found.meta["prompt"]), Sample(f"{row.number:06d}", members))]
 
 
 def _recordings(folder: Path, language: str) -> list[tuple[str, Path]]:
@@ -108,17 +125,3 @@ def read_texts(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path} cannot be read ({error}); unpack its package again") from None
     pairs = (line.partition(":") for line in lines if line.strip() and not line.startswith(";"))
     return {prompt.strip(): text.strip() for prompt, _, text in pairs if text.strip()}
-
-
-def _item(number: int, path: Path, meta: dict[str, Any], text: str | None) -> Item | Refused:
-    where = f"{meta['language']}/{meta['prompt']}"
-    try:
-        data = path.read_bytes()
-        sound = audio(data)
-        if float(sound.read().abs().max()) < _SILENT:
-            return Refused(where, "silent")
-    except (OSError, BadSample) as error:
-        return Refused(where, getattr(error, "strerror", None) or str(error))
-    members: dict[str, Any] = {"wav": data} | ({"txt": text} if text else {})
-    facts = meta | {"seconds": round(sound.frames / sound.rate, 3)}
-    return Item(Sample(f"{number:06d}", members | {"json": facts}), meta["prompt"])

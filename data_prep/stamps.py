@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.debian import package_files
-from mmcontrast.data_prep.split import Item, Refused, Summary, write_splits
+from mmcontrast.data_prep.source import Grouped, Item, Row, numbered
 from mmcontrast.decode import audio, image
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
@@ -32,68 +33,53 @@ ARTICLES: Mapping[str, tuple[str, ...]] = {
 _SIDE = 160
 
 
-def prepare(
-    out: Path,
-    *,
-    root: Path = Path("/"),
-    fetch: bool = False,
-    val: float = 0.05,
-    test: float = 0.2,
-    overwrite: bool = False,
-) -> Summary:
-    """Write OUT/train, OUT/val and OUT/test.
+@dataclass(frozen=True, kw_only=True)
+class Stamps(Grouped):
+    """Tux Paint stamps: pictures with captions in many languages, from a Debian package.
 
     A sample is a picture (`png`, on white, at most 160 pixels wide and high), its English caption (`txt`), the sound
     of what it shows where there is one (`ogg` or `wav`), and metadata: `label`, the name in English; `names`, by
     language, for the languages of `ARTICLES`; `captions`, by locale; `group`, one of 16 kinds of things; `file`.
-
-    Args:
-        out: where the shards are written.
-        root: / if the package is installed, or where it was unpacked.
-        fetch: download and unpack the package into the user's cache.
-        val: share of the captions for validation.
-        test: share of the captions for testing.
-        overwrite: replace shards that are there.
-
-    Raises:
-        ConfigError: the package or what draws SVG is not there, or shards are there already.
     """
-    folder = package_files("stamps", [PACKAGE], [FOLDER], root=root, fetch=fetch) / FOLDER
-    captions = sorted(folder.rglob("*.txt"))
-    if any(path.with_suffix(".svg").is_file() for path in captions):
-        _renderer()  # now, and not after half of the pictures
-    about = {"source": "Tux Paint stamps", "licence": "GPL-2; single pictures vary", "package": PACKAGE}
-    items = (_item(folder, path, number) for number, path in enumerate(captions))
-    return write_splits(items, out, val=val, test=test, overwrite=overwrite, about=about, total=len(captions))
 
+    root: Path = Path("/")
+    """/ if the package is installed, or the folder it was unpacked in."""
+    fetch: bool = False
+    """Download and unpack the package into the cache folder instead."""
+    test: float = 0.2
 
-def _item(folder: Path, path: Path, number: int) -> Item | Refused:
-    where = path.relative_to(folder).as_posix()
-    try:
+    def about(self, split: str) -> Mapping[str, Any]:
+        """Source and licence."""
+        return {"source": "Tux Paint stamps", "licence": "GPL-2; single pictures vary", "package": PACKAGE}
+
+    def rows(self) -> Sequence[Row]:
+        """One per file of captions."""
+        folder = package_files("stamps", [PACKAGE], [FOLDER], root=self.root, fetch=self.fetch) / FOLDER
+        captions = sorted(folder.rglob("*.txt"))
+        if any(path.with_suffix(".svg").is_file() for path in captions):
+            _renderer()  # now, and not after half of the pictures
+        return numbered((path.relative_to(folder).as_posix(), path) for path in captions)
+
+    def encode(self, row: Row) -> Sequence[Item]:
+        """A stamp; one without an English caption or a picture is refused."""
+        path: Path = row.data
         captions = read_captions(path.read_text("utf-8-sig"))
         if not captions.get("en"):
-            return Refused(where, "no English caption")
-        picture = _picture(path)
-        if picture is None:
-            return Refused(where, "no picture")
-        members: dict[str, Any] = {"png": picture, "txt": captions["en"]}
+            raise BadSample("no English caption")
+        members: dict[str, Any] = {"png": _picture(path), "txt": captions["en"]}
         for extension in ("ogg", "wav"):
             if (sound := path.with_suffix(f".{extension}")).is_file() and len(members) < 3:
                 members[extension] = sound.read_bytes()
                 audio(members[extension])
-    except UnicodeDecodeError:
-        return Refused(where, "captions are not UTF-8")
-    except (OSError, BadSample) as error:
-        return Refused(where, getattr(error, "strerror", None) or str(error))
-    names = {language: name(captions[language], language) for language in ARTICLES if captions.get(language)}
-    meta = {
-        "label": names["en"],
-        "names": names,
-        "captions": captions,
-        "group": where.partition("/")[0],
-        "file": where,
-    }
-    return Item(Sample(f"{number:06d}", members | {"json": meta}), captions["en"].lower())
+        names = {language: name(captions[language], language) for language in ARTICLES if captions.get(language)}
+        members["json"] = {
+            "label": names["en"],
+            "names": names,
+            "captions": captions,
+            "group": row.where.partition("/")[0],
+            "file": row.where,
+        }
+        return [Item(self.split_of(captions["en"].lower()), Sample(f"{row.number:06d}", members))]
 
 
 def read_captions(text: str) -> dict[str, str]:
@@ -115,13 +101,13 @@ def name(caption: str, language: str) -> str:
     return " ".join(words)
 
 
-def _picture(path: Path) -> bytes | None:
+def _picture(path: Path) -> bytes:
     """PNG on white with sides of at most `_SIDE`, which is what most of them have; a few are ten times larger."""
     from PIL import Image
 
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
     if not png.is_file() and not svg.is_file():
-        return None
+        raise BadSample("no picture")
     data = png.read_bytes() if png.is_file() else _renderer()(svg)
     picture = Image.fromarray(image(data).permute(1, 2, 0).numpy())
     picture.thumbnail((_SIDE, _SIDE))

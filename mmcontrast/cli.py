@@ -14,6 +14,7 @@ import tyro
 from mmcontrast.arguments import take_trust, write_json
 from mmcontrast.check.cli import check_grads, check_shards, grads_usage, shards_usage
 from mmcontrast.config import ConfigError, RunError
+from mmcontrast.data_prep.cli import prep, prep_usage
 
 Positional = tyro.conf.Positional
 
@@ -30,138 +31,6 @@ def quickstart(
     from mmcontrast.quickstart import run
 
     run(out, json_file, main)
-
-
-def prep_emoji(out: Positional[Path], val: float = 0.05, test: float = 0.1, overwrite: bool = False) -> None:
-    """OpenMoji pictures and their names, from pip packages (the extra [demo]).
-
-    Args:
-        out: folder that gets train/, val/, test/ and style/ (line drawings).
-        val: share of the concepts for validation.
-        test: share of the concepts for testing.
-        overwrite: replace shards that are there.
-    """
-    from mmcontrast.data_prep.emoji import prepare
-
-    prepare(out, val=val, test=test, overwrite=overwrite)
-
-
-def prep_folder(
-    folder: Positional[Path],
-    out: Positional[Path],
-    val: float = 0.05,
-    test: float = 0.1,
-    overwrite: bool = False,
-) -> None:
-    """A folder of pictures, each with a text file beside it or in a folder named after its class.
-
-    Args:
-        folder: where the pictures are, at any depth.
-        out: folder that gets train/, val/ and test/.
-        val: share of the captions for validation.
-        test: share of the captions for testing.
-        overwrite: replace shards that are there.
-    """
-    from mmcontrast.data_prep.folder import prepare
-
-    prepare(folder, out, val=val, test=test, overwrite=overwrite)
-
-
-def prep_table(
-    table: Positional[Path],
-    out: Positional[Path],
-    image_column: str = "image",
-    text_column: str = "text",
-    group_column: str | None = None,
-    val: float = 0.05,
-    test: float = 0.1,
-    overwrite: bool = False,
-) -> None:
-    """A CSV, TSV, JSON-lines or Parquet table of picture files and captions.
-
-    Args:
-        table: the file; picture paths are relative to its folder.
-        out: folder that gets train/, val/ and test/.
-        image_column: column with picture paths.
-        text_column: column with captions.
-        group_column: column whose equal values stay in one split, such as patient; by default the caption.
-        val: share of the groups for validation.
-        test: share of the groups for testing.
-        overwrite: replace shards that are there.
-    """
-    from mmcontrast.data_prep.table import prepare
-
-    prepare(
-        table,
-        out,
-        val=val,
-        test=test,
-        image_column=image_column,
-        text_column=text_column,
-        group_column=group_column,
-        overwrite=overwrite,
-    )
-
-
-def prep_stamps(
-    out: Positional[Path],
-    root: Path = Path("/"),
-    fetch: bool = False,
-    val: float = 0.05,
-    test: float = 0.2,
-    overwrite: bool = False,
-) -> None:
-    """Tux Paint stamps: pictures with captions in many languages, from a Debian package.
-
-    Args:
-        out: folder that gets train/, val/ and test/.
-        root: / if the package is installed, or the folder it was unpacked in.
-        fetch: download and unpack the package into the cache folder instead.
-        val: share of the captions for validation.
-        test: share of the captions for testing.
-        overwrite: replace shards that are there.
-    """
-    from mmcontrast.data_prep.stamps import prepare
-
-    prepare(out, root=root, fetch=fetch, val=val, test=test, overwrite=overwrite)
-
-
-def prep_prompts(
-    out: Positional[Path],
-    languages: tuple[str, ...] = ("en", "es", "fr", "it", "ru"),
-    root: Path = Path("/"),
-    fetch: bool = False,
-    val: float = 0.05,
-    test: float = 0.2,
-    overwrite: bool = False,
-) -> None:
-    """Asterisk's spoken prompts with their texts in five languages, from Debian packages (the extra [audio]).
-
-    Args:
-        out: folder that gets train/, val/ and test/.
-        languages: two letters each.
-        root: / if the packages are installed, or the folder they were unpacked in.
-        fetch: download and unpack the packages into the cache folder instead.
-        val: share of the prompts for validation.
-        test: share of the prompts for testing.
-        overwrite: replace shards that are there.
-    """
-    from mmcontrast.data_prep.prompts import prepare
-
-    prepare(out, languages=languages, root=root, fetch=fetch, val=val, test=test, overwrite=overwrite)
-
-
-def prep_index(shards: Positional[str], out: Path | None = None, overwrite: bool = False) -> None:
-    """Index and manifest for shards that others wrote, such as img2dataset.
-
-    Args:
-        shards: the folder with the .tar files; or the address of one, of a glob or a range (http, s3, gs, hf …).
-        out: for remote shards: the folder that gets their index and manifest, to be opened instead of them.
-        overwrite: write the manifest again.
-    """
-    from mmcontrast.data_prep.index import prepare
-
-    prepare(shards, out=out, overwrite=overwrite)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -370,10 +239,6 @@ def index_search(
     )
 
 
-def _prep() -> None:
-    """Raw data -> shards with a manifest: emoji, stamps, prompts, folder, table, index."""
-
-
 def _index() -> None:
     """Build and search an index: build, search."""
 
@@ -383,14 +248,6 @@ def _check() -> None:
 
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "prep": {
-        "emoji": prep_emoji,
-        "stamps": prep_stamps,
-        "prompts": prep_prompts,
-        "folder": prep_folder,
-        "table": prep_table,
-        "index": prep_index,
-    },
     "check": {
         "grads": cast(Callable[..., None], grads_usage),
         "shards": cast(Callable[..., None], shards_usage),
@@ -399,7 +256,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
-    "prep": _prep,
+    "prep": prep_usage,
     "check": _check,
     "train": _train_usage,
     "eval": evaluate,
@@ -418,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_grads(words[2:])
         elif words[:2] == ["check", "shards"]:
             check_shards(words[2:])
+        elif words[:1] == ["prep"]:
+            prep(words[1:])
         elif words and words[0] in GROUPS:
             commands = GROUPS[words[0]]
             tyro.extras.subcommand_cli_from_dict(

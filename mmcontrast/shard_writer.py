@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from mmcontrast.config import ConfigError
 from mmcontrast.manifest import MANIFEST
 from mmcontrast.shards import FORMATS, MAX_MEMBER_BYTES, METADATA, index_path
-from mmcontrast.tar import FORMAT_VERSION, scan
+from mmcontrast.tar import FORMAT_VERSION, ShardIndex, scan
 
 MAX_KEY_BYTES = 90
 
@@ -48,6 +48,7 @@ class ShardWriter:
         max_bytes: int = 500_000_000,
         overwrite: bool = False,
         about: Mapping[str, Any] | None = None,
+        finished: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Open a folder for writing.
 
@@ -57,18 +58,23 @@ class ShardWriter:
             max_bytes: bytes of content per tar after which the next begins.
             overwrite: replace shards that are there; otherwise they are an error.
             about: facts to keep in the manifest, such as source and licence.
+            finished: entries of the first tars, as an earlier writer's `shards` had them, which stay; what else is
+                there of a writer that was cut off is removed.
 
         Raises:
-            ConfigError: the folder holds shards already.
+            ConfigError: the folder holds shards already, or one of the finished ones is not there as it was.
         """
+        if max_samples < 1:
+            raise ConfigError(f"max_samples is {max_samples}; a tar holds at least 1 sample")
         self.out, self.max_samples, self.max_bytes = out, max_samples, max_bytes
         self.about = dict(about or {})
-        self._keys: set[str] = set()
-        self._shards: list[dict[str, Any]] = []
+        self.shards: list[dict[str, Any]] = [dict(entry) for entry in finished]
+        """The finished tars' entries in the manifest."""
+        self._keys = {key for entry in finished for key in _keys(out, entry)}
         self._samples = self._bytes = 0
         self._tar: Any = None
         self._file: Any = None
-        clear_shards(out, overwrite=overwrite)
+        clear_shards(out, overwrite=overwrite or bool(finished), keep=[entry["name"] for entry in finished])
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -128,15 +134,15 @@ class ShardWriter:
         return TarWriter(self._file, encoder=False, mtime=0)
 
     def _path(self) -> Path:
-        return self.out / f"{len(self._shards):05d}.tar"
+        return self.out / f"{len(self.shards):05d}.tar"
 
     def _finish_shard(self) -> None:
         self._tar.close()
         self._file.close()
         path = self._path()
         path.with_suffix(".tar.tmp").rename(path)
-        self._shards.append(describe_shard(path))
-        assert self._shards[-1]["samples"] == self._samples, f"{path} does not give back what was written"
+        self.shards.append(describe_shard(path))
+        assert self.shards[-1]["samples"] == self._samples, f"{path} does not give back what was written"
         self._tar = self._file = None
         self._samples = self._bytes = 0
 
@@ -144,16 +150,28 @@ class ShardWriter:
         """Finish the last shard and write the manifest."""
         if self._tar is not None:
             self._finish_shard()
-        write_manifest(self.out, self._shards, self.about)
+        write_manifest(self.out, self.shards, self.about)
 
 
-def clear_shards(folder: Path, *, overwrite: bool) -> None:
-    """Make room for new shards in a folder.
+def _keys(folder: Path, entry: Mapping[str, Any]) -> Sequence[str]:
+    """The keys of a finished tar, which must be as long as its entry says."""
+    tar = folder / entry["name"]
+    try:
+        if tar.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{tar.stat().st_size} bytes instead of {entry['bytes']}")
+        return ShardIndex.from_json(json.loads(index_path(tar).read_bytes())).keys
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{tar} was finished and has changed ({error}); start anew with --overwrite") from None
+
+
+def clear_shards(folder: Path, *, overwrite: bool, keep: Collection[str] = ()) -> None:
+    """Make room for new shards in a folder, beside the tars that are kept.
 
     Raises:
         ConfigError: there are some, and they are not to be replaced.
     """
-    old = [path for end in ("*.tar", "*.index.json", "*.tar.tmp") for path in folder.glob(end)]
+    kept = {folder / name for name in keep} | {index_path(folder / name) for name in keep}
+    old = [path for end in ("*.tar", "*.index.json", "*.tar.tmp") for path in folder.glob(end) if path not in kept]
     if (old or (folder / MANIFEST).exists()) and not overwrite:
         raise ConfigError(f"{folder} holds shards already; choose another folder, or replace them with --overwrite")
     for path in [folder / MANIFEST, *old]:  # the manifest first: while tars change there must be none

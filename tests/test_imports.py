@@ -37,12 +37,13 @@ MAY = {
     "trainer": LOW | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
+    "processes": {"config"},
     "page": set[str](),
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
-    | {"arguments", "page", "check"},
+    | {"arguments", "page", "processes", "check"},
     "eval": LOW | {"encoders", "data", "checkpoint", "eval"},
-    "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "data_prep"},
+    "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "data_prep"},
     "quickstart": {"config"},
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ from PIL import Image
 
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
-from mmcontrast.data_prep import emoji, folder, index, table
-from mmcontrast.data_prep.split import Item, Refused, shares, split_of, write_splits
-from mmcontrast.shard_writer import Sample
+from mmcontrast.data_prep import emoji, index
+from mmcontrast.data_prep.emoji import OpenMoji
+from mmcontrast.data_prep.folder import Folder
+from mmcontrast.data_prep.prepare import prepare
+from mmcontrast.data_prep.table import Table
+from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.shards import MANIFEST, open_shards
 
 SPLITS = ("train", "val", "test")
@@ -56,83 +58,6 @@ def everything(out: Path) -> list[dict[str, Any]]:
     return [sample for samples in written(out).values() for sample in samples]
 
 
-# -------------------------------------------------------------------------------------------- split
-
-
-def test_the_split_is_a_pure_function_near_the_asked_shares() -> None:
-    groups = [f"group {i}" for i in range(20_000)]
-    fractions = {"val": 0.05, "test": 0.1}
-    sides = [split_of(g, fractions) for g in groups]
-    assert [split_of(g, fractions) for g in reversed(groups)] == sides[::-1]
-    share = {side: n / len(groups) for side, n in Counter(sides).items()}
-    assert abs(share["val"] - 0.05) < 0.007 and abs(share["test"] - 0.1) < 0.01
-    # A larger validation share takes from training alone: what was tested on stays so.
-    wider = [split_of(g, {"val": 0.2, "test": 0.1}) for g in groups]
-    assert all((a == "test") == (b == "test") for a, b in zip(sides, wider, strict=True)) and wider != sides
-    # The same on every machine and in every version.
-    for side, known in KNOWN.items():
-        assert [split_of(g, fractions) for g in known] == [side] * 2
-    assert {split_of(g, {"val": 0.0, "test": 0.0}) for g in groups} == {"train"}
-
-
-KNOWN = {"train": ["a cat", "Käse 猫"], "val": ["group 9", "group 39"], "test": ["group 5", "group 8"]}
-
-
-@pytest.mark.parametrize(("val", "test"), [(-0.1, 0.1), (0.5, 0.5), (2.0, 0.0), (float("nan"), 0.1)])
-def test_shares_must_leave_something_to_train_on(tmp_path: Path, val: float, test: float) -> None:
-    with pytest.raises(ConfigError, match="must be 0 or more"):
-        shares(val, test)
-    put(tmp_path / "in" / "a" / "1.png", picture(1))
-    with pytest.raises(ConfigError, match="must be 0 or more"):
-        folder.prepare(tmp_path / "in", tmp_path / "out", val=val, test=test)
-    assert not (tmp_path / "out").exists()
-
-
-def items(count: int) -> list[Item | Refused]:
-    return [Item(Sample(f"{i:04d}", {"txt": f"caption {i}"}), f"g{i // 4}") for i in range(count)]
-
-
-def test_every_item_is_written_once_on_the_side_of_its_group(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused: list[Item | Refused] = [Refused(f"row {i}", "broken") for i in range(12)]
-    summary = write_splits(items(400) + refused, tmp_path, val=0.2, test=0.2, about={"licence": "CC0"})
-    found = written(tmp_path)
-    assert summary.samples == {split: len(samples) for split, samples in found.items()}
-    assert sum(summary.samples.values()) == 400 and min(summary.samples.values()) > 40
-    for split, samples in found.items():
-        for sample in samples:
-            assert split_of(f"g{int(sample['key']) // 4}", {"val": 0.2, "test": 0.2}) == split
-        assert json.loads((tmp_path / split / MANIFEST).read_text())["about"] == {"licence": "CC0"}
-    assert len(summary.refused) == 12 and summary.to_json()["refused"][3] == ["row 3", "broken"]
-    said = capsys.readouterr().err
-    assert said.count("broken") == 10 and "and 2 more" in said and "refused 12" in said
-
-
-def test_an_empty_split_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = write_splits(items(4), tmp_path, val=0.001, test=0.0)
-    assert summary.samples == {"train": 4, "val": 0} and not (tmp_path / "test").exists()
-    assert "val is empty" in capsys.readouterr().err
-
-
-def test_an_older_test_split_never_stays_beside_new_training_shards(tmp_path: Path) -> None:
-    write_splits(items(100), tmp_path, val=0.2, test=0.2)
-    assert min(map(len, written(tmp_path).values())) > 0
-    with pytest.raises(ConfigError, match="--overwrite"):
-        write_splits(items(100), tmp_path, val=0.2, test=0.0)
-    assert sum(map(len, written(tmp_path).values())) == 100
-    write_splits(items(100), tmp_path, val=0.2, test=0.0, overwrite=True)
-    found = written(tmp_path)
-    assert found["test"] == [] and len(found["train"]) + len(found["val"]) == 100
-
-
-def test_nothing_usable_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"2 refused; the first: row 7: broken"):
-        write_splits([Refused("row 7", "broken"), Refused("row 8", "other")], tmp_path, val=0.1, test=0.1)
-    assert not list(tmp_path.rglob(MANIFEST))
-    assert write_splits(items(3), tmp_path, val=0.0, test=0.0).samples == {"train": 3}  # and the way is free
-
-
 # -------------------------------------------------------------------------------------------- folder
 
 
@@ -150,7 +75,7 @@ def test_captions_come_from_text_files_or_class_folders(tmp_path: Path, capsys: 
     put(source / "golden_retriever" / "latin.txt", "Käse".encode("latin-1"))
     put(source / "alone.png", picture(7))
     put(source / "notes.pdf", "no picture")
-    summary = folder.prepare(source, tmp_path / "out", val=0.0, test=0.0)
+    summary = prepare(Folder(folder=source, val=0.0, test=0.0), tmp_path / "out")
     found = {s["json"]["file"]: s for s in everything(tmp_path / "out")}
     assert {file: s["txt"].decode() for file, s in found.items()} == {
         "dog.jpg": "a dog on grass",
@@ -165,7 +90,7 @@ def test_captions_come_from_text_files_or_class_folders(tmp_path: Path, capsys: 
     refused = {r.where: r.reason for r in summary.refused}
     assert set(refused) == {"alone.png", "golden_retriever/broken.jpg", "golden_retriever/latin.jpg"}
     assert "no caption" in refused["alone.png"] and "cannot be decoded" in refused["golden_retriever/broken.jpg"]
-    assert refused["golden_retriever/latin.jpg"] == "latin.txt is not UTF-8"
+    assert refused["golden_retriever/latin.jpg"] == "text is not UTF-8"
     assert "refused golden_retriever/broken.jpg" in capsys.readouterr().err
 
 
@@ -173,7 +98,7 @@ def test_equal_captions_stay_on_one_side(tmp_path: Path) -> None:
     for i in range(60):
         put(tmp_path / "in" / f"{i}.png", picture(i))
         put(tmp_path / "in" / f"{i}.txt", f"caption {i // 3}")
-    folder.prepare(tmp_path / "in", tmp_path / "out", val=0.25, test=0.25)
+    prepare(Folder(folder=tmp_path / "in", val=0.25, test=0.25), tmp_path / "out")
     captions = {split: {s["txt"] for s in samples} for split, samples in written(tmp_path / "out").items()}
     assert len(everything(tmp_path / "out")) == 60 and min(map(len, captions.values())) > 0
     assert len(set.union(*captions.values())) == sum(map(len, captions.values())) == 20
@@ -182,7 +107,7 @@ def test_equal_captions_stay_on_one_side(tmp_path: Path) -> None:
 def test_a_class_without_captions_is_divided(tmp_path: Path) -> None:
     for i in range(60):
         put(tmp_path / "in" / ("cat" if i % 2 else "dog") / f"{i}.png", picture(i))
-    folder.prepare(tmp_path / "in", tmp_path / "out", val=0.25, test=0.25)
+    prepare(Folder(folder=tmp_path / "in", val=0.25, test=0.25), tmp_path / "out")
     labels = {split: {s["json"]["label"] for s in samples} for split, samples in written(tmp_path / "out").items()}
     assert labels == {split: {"cat", "dog"} for split in ("train", "val", "test")}
 
@@ -192,20 +117,20 @@ def test_file_names_that_are_not_unicode_do_not_stop_it(tmp_path: Path) -> None:
     os.makedirs(place)
     with open(place + b"/\xe8.png", "wb") as file:
         file.write(picture(1))
-    folder.prepare(tmp_path / "in", tmp_path / "out", val=0.0, test=0.0)
+    prepare(Folder(folder=tmp_path / "in", val=0.0, test=0.0), tmp_path / "out")
     (sample,) = everything(tmp_path / "out")
     assert sample["txt"] == rb"caf\udce9" and sample["json"]["file"] == r"caf\udce9/\udce8.png"
 
 
 def test_a_folder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no folder"):
-        folder.prepare(tmp_path / "none", tmp_path / "out", val=0.0, test=0.0)
+        prepare(Folder(folder=tmp_path / "none", val=0.0, test=0.0), tmp_path / "out")
     put(tmp_path / "in" / "a.txt", "text alone")
     with pytest.raises(ConfigError, match="has no pictures; looked for jpg"):
-        folder.prepare(tmp_path / "in", tmp_path / "out", val=0.0, test=0.0)
+        prepare(Folder(folder=tmp_path / "in", val=0.0, test=0.0), tmp_path / "out")
     put(tmp_path / "in" / "c" / "1.jpg", b"no picture")
     with pytest.raises(ConfigError, match=r"no usable sample.*1 refused.*c/1\.jpg: image cannot be decoded"):
-        folder.prepare(tmp_path / "in", tmp_path / "out", val=0.0, test=0.0)
+        prepare(Folder(folder=tmp_path / "in", val=0.0, test=0.0), tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -248,7 +173,7 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path: Path, kind: str) -
         writer.writeheader()
         writer.writerows(rows)
         put(path, "\ufeff" + buffer.getvalue())
-    summary = table.prepare(path, tmp_path / "out", val=0.0, test=0.0)
+    summary = prepare(Table(table=path, val=0.0, test=0.0), tmp_path / "out")
     found = rows_of(tmp_path / "out")
     assert found == {
         "00000001": {
@@ -262,25 +187,28 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path: Path, kind: str) -
         "00000004": {"key": "00000004", "png": picture(2), "json": {"patient": "p3", "label": "x"}},
     }
     refused = {r.where: r.reason for r in summary.refused}
-    assert set(refused) == {"row 5", "row 6", "row 7"}
-    assert refused["row 5"] == "neither image nor text" and "pics/9.png: No such file" in refused["row 6"]
-    assert "not one of jpg" in refused["row 7"]
+    assert set(refused) == {"row 5", "row 6, pics/9.png", "row 7, pics/0.gif"}
+    assert refused["row 5"] == "neither image nor text"
+    assert refused["row 6, pics/9.png"] == "cannot be read: No such file or directory"
+    assert "not one of jpg" in refused["row 7, pics/0.gif"]
 
 
 def test_a_group_stays_on_one_side_and_must_be_known(tmp_path: Path) -> None:
     lines = ["caption,patient,site"] + [f"caption {i},{i // 5 if i != 7 else ''},A" for i in range(300)]
     path = put(tmp_path / "t.csv", "\n".join(lines))
     with pytest.raises(ConfigError, match="no column 'image'"):
-        table.prepare(path, tmp_path / "out", val=0.2, test=0.2, text_column="caption")
+        prepare(Table(table=path, val=0.2, test=0.2, text_column="caption"), tmp_path / "out")
     with_image = [f"{line},{'' if i else 'image'}" for i, line in enumerate(lines)]
     path = put(tmp_path / "t.csv", "\n".join(with_image))
-    summary = table.prepare(path, tmp_path / "out", val=0.2, test=0.2, text_column="caption", group_column="patient")
+    summary = prepare(
+        Table(table=path, val=0.2, test=0.2, text_column="caption", group_column="patient"), tmp_path / "out"
+    )
     groups = {split: {s["json"]["patient"] for s in samples} for split, samples in written(tmp_path / "out").items()}
     assert min(map(len, groups.values())) > 3
     assert len(set.union(*groups.values())) == sum(map(len, groups.values())) == 60
     assert [(r.where, r.reason) for r in summary.refused] == [("row 8", "no patient, which decides its split")]
     # Without the column, each caption is a group, and patients would be on several sides.
-    table.prepare(path, tmp_path / "plain", val=0.2, test=0.2, text_column="caption")
+    prepare(Table(table=path, val=0.2, test=0.2, text_column="caption"), tmp_path / "plain")
     sides = {
         split: {s["json"].get("patient") for s in samples} for split, samples in written(tmp_path / "plain").items()
     }
@@ -302,7 +230,7 @@ def test_bad_lines_of_json_are_refused_by_their_number(tmp_path: Path) -> None:
         '{"text": "e", "label": NaN, "nested": {"a": 1}, "empty": " ", "ok": true}',
         "[" * 100_000,
     ]
-    summary = table.prepare(put(tmp_path / "t.jsonl", "\n".join(lines)), tmp_path / "out", val=0.0, test=0.0)
+    summary = prepare(Table(table=put(tmp_path / "t.jsonl", "\n".join(lines)), val=0.0, test=0.0), tmp_path / "out")
     found = rows_of(tmp_path / "out")
     assert found["00000005"]["png"] == picture(0)
     assert {key: (s["txt"], s.get("json")) for key, s in found.items()} == {
@@ -314,7 +242,7 @@ def test_bad_lines_of_json_are_refused_by_their_number(tmp_path: Path) -> None:
     assert reasons["row 1"] == reasons["row 4"] == reasons["row 11"] == "not a JSON object"
     assert reasons["row 6"] == "image must be the path of a file, not list"
     assert reasons["row 7"] == "image must be the path of a file, not dict"
-    assert "null" in reasons["row 8"] and "UTF-8" in reasons["row 9"] and len(reasons) == 7
+    assert "null" in reasons["row 8, pics/0\0.png"] and "UTF-8" in reasons["row 9"] and len(reasons) == 7
 
 
 @pytest.mark.parametrize(
@@ -332,16 +260,16 @@ def test_bad_lines_of_json_are_refused_by_their_number(tmp_path: Path) -> None:
         ("t.jsonl", "", {}, "has no rows"),
         ("t.parquet", "no parquet", {}, "cannot be read as parquet"),
         ("t.xlsx", "PK", {}, "no table that can be read: use .csv"),
-        ("t.csv", "image,text\ngone.png,b\n", {}, "no usable sample.*row 1: gone.png: No such file"),
+        ("t.csv", "image,text\ngone.png,b\n", {}, "no usable sample.*row 1, gone.png: cannot be read: No such file"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_an_error(
     tmp_path: Path, name: str, data: bytes | str, options: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ConfigError, match=text):
-        table.prepare(put(tmp_path / name, data), tmp_path / "out", val=0.0, test=0.0, **options)
+        prepare(Table(table=put(tmp_path / name, data), val=0.0, test=0.0, **options), tmp_path / "out")
     with pytest.raises(ConfigError, match="there is no table"):
-        table.prepare(tmp_path / "none.csv", tmp_path / "out", val=0.0, test=0.0)
+        prepare(Table(table=tmp_path / "none.csv", val=0.0, test=0.0), tmp_path / "out")
     assert not list(tmp_path.rglob("*.tar"))
 
 
@@ -388,10 +316,10 @@ def emoji_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     some = list(dict.fromkeys(some))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emoji, "emojis", lambda: some)
-        summary = emoji.prepare(out, val=0.15, test=0.2)
+        summary = prepare(OpenMoji(val=0.15, test=0.2), out)
     found = written(out, (*SPLITS, "style"))
-    assert {split: len(found[split]) for split in SPLITS} == summary.samples
-    assert 0.9 * len(some) < sum(summary.samples.values()) <= len(some)
+    assert {split: len(samples) for split, samples in found.items()} == summary.samples
+    assert 0.9 * len(some) < sum(summary.samples[split] for split in SPLITS) <= len(some)
     return out
 
 
@@ -423,9 +351,9 @@ def test_the_drawings_are_of_training_concepts_in_another_style(emoji_shards: Pa
 def test_wrong_shares_replace_no_emoji(emoji_shards: Path) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in emoji_shards.rglob("*") if p.is_file())
     with pytest.raises(ConfigError, match="must be 0 or more"):
-        emoji.prepare(emoji_shards, val=2.0, overwrite=True)
+        prepare(OpenMoji(val=2.0), emoji_shards, overwrite=True)
     with pytest.raises(ConfigError, match="--overwrite"):
-        emoji.prepare(emoji_shards)
+        prepare(OpenMoji(), emoji_shards)
     assert sorted((p, p.stat().st_mtime_ns) for p in emoji_shards.rglob("*") if p.is_file()) == before
 
 
@@ -441,7 +369,9 @@ def test_an_index_tells_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(ConfigError, match=r"no samples; x\.tar: .*not a tar"):
         index.prepare(tmp_path / "wrong")
     assert not (tmp_path / "wrong" / MANIFEST).exists()
-    write_splits(items(20), tmp_path, val=0.0, test=0.0)
+    with ShardWriter(tmp_path / "train") as writer:
+        for i in range(20):
+            writer.write(Sample(f"{i:04d}", {"txt": f"caption {i}"}))
     shard = tmp_path / "train" / "00000.tar"
     data = shard.read_bytes()
     for path in (tmp_path / "train").iterdir():

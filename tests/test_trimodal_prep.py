@@ -19,7 +19,10 @@ from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import Reader
 from mmcontrast.data_prep import prompts, stamps
 from mmcontrast.data_prep.debian import package_files
-from mmcontrast.data_prep.split import split_of
+from mmcontrast.data_prep.prepare import prepare
+from mmcontrast.data_prep.prompts import Prompts
+from mmcontrast.data_prep.source import Grouped
+from mmcontrast.data_prep.stamps import Stamps
 from mmcontrast.decode import image
 from mmcontrast.encoders.base import Transform
 from mmcontrast.shards import ShardSet, open_shards, read_manifest
@@ -130,7 +133,7 @@ def meta(shards: ShardSet, position: int) -> Any:
 
 
 def test_stamps_become_pictures_with_captions_names_and_sounds(root: Path, tmp_path: Path) -> None:
-    summary = stamps.prepare(tmp_path / "out", root=root, val=0.0, test=0.0)
+    summary = prepare(Stamps(root=root, val=0.0, test=0.0), tmp_path / "out")
     found = {meta(s, p)["file"]: (s, p) for _, s, p in everything(tmp_path / "out")}
     assert found.keys() == {f"{name}.txt" for name in ("animals/cat", "animals/cat2", "food/apple", "town/sign")}
     shards, cat = found["animals/cat.txt"]
@@ -180,7 +183,7 @@ def test_stamps_of_one_caption_stay_together(root: Path, tmp_path: Path) -> None
     for i in range(60):
         (folder / f"{i}.txt").write_text(f"Person {i // 2}.\n")
         rgba(20, 20).save(folder / f"{i}.png")
-    stamps.prepare(tmp_path / "out", root=root, val=0.2, test=0.3)
+    prepare(Stamps(root=root, val=0.2, test=0.3), tmp_path / "out")
     sides: dict[str, set[str]] = {}
     for split, shards, position in everything(tmp_path / "out"):
         sides.setdefault(shards.read(position, "txt").decode(), set()).add(split)
@@ -192,7 +195,7 @@ def test_stamps_of_one_caption_stay_together(root: Path, tmp_path: Path) -> None
 
 
 def test_prompts_become_recordings_with_texts(root: Path, tmp_path: Path) -> None:
-    summary = prompts.prepare(tmp_path / "out", languages=("en", "es"), root=root, val=0.2, test=0.3)
+    summary = prepare(Prompts(languages=("en", "es"), root=root, val=0.2, test=0.3), tmp_path / "out")
     found = {
         (facts["language"], facts["prompt"]): (split, shards, position, facts)
         for split, shards, position in everything(tmp_path / "out")
@@ -200,7 +203,7 @@ def test_prompts_become_recordings_with_texts(root: Path, tmp_path: Path) -> Non
     }
     assert len(found) == 2 * 42 and sum(summary.samples.values()) == 84
     for (language, prompt), (split, shards, position, facts) in found.items():
-        assert split == found["en", prompt][0] == split_of(prompt, {"val": 0.2, "test": 0.3})
+        assert split == found["en", prompt][0] == Grouped(val=0.2, test=0.3).split_of(prompt)
         assert shards.read(position, "wav") == wav(0.1 + 0.01 * len(prompt))
         assert facts["speaker"] == {"en": "en_US_f_Ann", "es": "es_MX_f_Ann"}[language]
         assert facts["seconds"] == pytest.approx(0.1 + 0.01 * len(prompt), abs=2e-3)
@@ -226,16 +229,16 @@ def test_prompts_become_recordings_with_texts(root: Path, tmp_path: Path) -> Non
 
 def test_a_language_that_is_not_there_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two letters"):
-        prompts.prepare(tmp_path / "out", languages=("english",), root=root)
+        prepare(Prompts(languages=("english",), root=root), tmp_path / "out")
     with pytest.raises(ConfigError, match="apt-get install .*asterisk-core-sounds-ru-wav asterisk-core-sounds-ru`"):
-        prompts.prepare(tmp_path / "out", languages=("ru",), root=root)
+        prepare(Prompts(languages=("ru",), root=root), tmp_path / "out")
     (root / "usr/share/doc/asterisk-core-sounds-ru").mkdir()
     (root / "usr/share/doc/asterisk-core-sounds-ru/core-sounds-ru.txt.gz").write_bytes(b"no gzip")
     with pytest.raises(ConfigError, match="core-sounds-ru.txt.gz cannot be read"):
-        prompts.prepare(tmp_path / "out", languages=("ru",), root=root)
+        prepare(Prompts(languages=("ru",), root=root), tmp_path / "out")
     (root / "usr/share/doc/asterisk-core-sounds-ru/core-sounds-ru.txt.gz").write_bytes(gzip.compress(b"a: b"))
     with pytest.raises(ConfigError, match=r"has no \.wav files.*asterisk-core-sounds-ru-wav.*--languages"):
-        prompts.prepare(tmp_path / "out", languages=("ru",), root=root)
+        prepare(Prompts(languages=("ru",), root=root), tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------- packages

@@ -7,15 +7,10 @@ on the number of processes. Nothing of a sample itself is kept: whoever wants to
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +20,11 @@ from mmcontrast import decode
 from mmcontrast.check.likeness import Marks, Places
 from mmcontrast.check.measure import MEASURES, Measured, mark
 from mmcontrast.check.tokens import TokenCounter
-from mmcontrast.config import ConfigError, RunError
+from mmcontrast.config import ConfigError
+from mmcontrast.processes import in_order
 from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import METADATA, BadSample, ShardSet
 
-_HEAVY = ("open_clip", "transformers", "soundfile", "PIL.Image")  # what tokenizers and decoders import
 _PIECE = 256  # samples that a process takes at once
 _EXAMPLES = 3  # keys that stand for a reason of damage in a shard
 _MOST_WORDS = 1000  # distinct words that are counted apart; the content decides how many there are
@@ -192,7 +187,8 @@ def survey(
     pieces = [(k, piece) for k, job in enumerate(jobs) for piece in _pieces(job.shards, positions[k])]
     found = [Survey(groups={name: array("Q") for name in job.groups}) for job in jobs]
     with tqdm(total=sum(map(len, positions)), desc="examines", unit=" samples", disable=not progress) as bar:
-        for (k, piece), part in zip(pieces, _run(jobs, pieces, workers), strict=True):
+        workers = min(workers, len(pieces)) if len(pieces) > 1 else 0
+        for (k, piece), part in zip(pieces, in_order(_examine_one, jobs, pieces, workers=workers), strict=True):
             found[k].add(part)
             bar.update(len(piece))
     return found
@@ -211,48 +207,8 @@ def _pieces(shards: ShardSet, positions: Sequence[int]) -> Iterator[Sequence[int
         start = stop
 
 
-def _run(jobs: Sequence[Job], pieces: Sequence[tuple[int, Sequence[int]]], workers: int) -> Iterator[Survey]:
-    if not workers or len(pieces) < 2:
-        yield from (_examine(jobs[k], piece) for k, piece in pieces)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(pieces)), _context(), initializer=_start, initargs=(jobs,))
-    try:
-        yield from pool.map(_examine_here, pieces)
-    except BrokenProcessPool:
-        raise RunError(
-            "a process that examined samples was killed, mostly because no memory was left: lower --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _context() -> Any:
-    """Processes that are forked off a server which has imported what they need, and computed nothing.
-
-    A fork of this process would copy the locks of torch's threads as they are, and could wait for them for ever.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *(name for name in _HEAVY if name in sys.modules)])
-    return context
-
-
-_jobs: Sequence[Job] = ()
-
-
-def _start(jobs: Sequence[Job]) -> None:
-    """First thing in a process of the pool."""
-    global _jobs
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _jobs = jobs
-
-
-def _examine_here(piece: tuple[int, Sequence[int]]) -> Survey:
-    return _examine(_jobs[piece[0]], piece[1])
+def _examine_one(jobs: Sequence[Job], piece: tuple[int, Sequence[int]]) -> Survey:
+    return _examine(jobs[piece[0]], piece[1])
 
 
 def _examine(job: Job, piece: Sequence[int]) -> Survey:
