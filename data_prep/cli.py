@@ -20,6 +20,12 @@ SOURCES = {
         "Prompts",
         "Asterisk's spoken prompts with their texts in five languages, from Debian packages (the extra [audio]).",
     ),
+    "spoken": (
+        "Spoken",
+        "OpenMoji pictures with their names, spoken by eSpeak and written (the extras [demo,speech]).",
+    ),
+    "watch": ("Watch", "Shoulder exercises, recorded by a smartwatch, and their names (the extra [watch])."),
+    "ecg": ("SimulatedECG", "Electrocardiograms of a simulator, with their reports: for trying things out."),
     "folder": ("Folder", "A folder of pictures, each with a text file beside it or in a folder named after its class."),
     "table": ("Table", "A CSV, TSV, JSON-lines or Parquet table of picture files and captions."),
 }

@@ -20,10 +20,14 @@ settings alone.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
 from mmcontrast.decode import image
@@ -142,3 +146,21 @@ def picture_member(path: Path) -> dict[str, bytes]:
     data = path.read_bytes()
     image(data)
     return {extension: data}
+
+
+def signal_member(values: NDArray[Any]) -> dict[str, bytes]:
+    """A recording [T, channels] as the member that `signals` reads.
+
+    Floats become float32 and integers int16, the two types that hold what instruments record.
+
+    Raises:
+        BadSample: it is empty, or has values that are not finite or beyond 16 bits.
+    """
+    if not values.size or not np.isfinite(values).all():
+        raise BadSample("signal has values that are not finite" if values.size else "signal is empty")
+    whole = values.dtype.kind in "iu"
+    if whole and (values.min() < -(1 << 15) or values.max() >= 1 << 15):
+        raise BadSample("signal has values beyond 16 bits")
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(values, "<i2" if whole else "<f4"), allow_pickle=False)
+    return {"npy": file.getvalue()}
