@@ -36,6 +36,7 @@ class Batch:
         keys: [n] names of the samples, for messages.
         skipped: damaged samples that were replaced, as (shard, key, reason); of several sources, SOURCE/shard.
         sources: [n] names of the sources that they are of; that of an only source is empty.
+        cut: modality -> rows of which a part was left out, for its length: the end of a text, what a crop left.
     """
 
     inputs: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Batch:
     keys: Sequence[str] = ()
     skipped: Sequence[tuple[str, str, str]] = ()
     sources: Sequence[str] = ()
+    cut: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __len__(self) -> int:
         return len(self.ids)

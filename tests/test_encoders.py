@@ -107,7 +107,7 @@ TOWERS: dict[str, tuple[Make, int]] = {
     "OpenClipText": (lambda o: OpenClipText.Config(architecture="tiny-clip"), 12),
     "OpenClipText with weights": (lambda o: OpenClipText.Config(architecture="tiny-clip", weights=o.clip), 12),
     "HFText mean": (lambda o: HFText.Config(model=o.bert, max_length=9), 16),
-    "HFText first": (lambda o: HFText.Config(model=o.bert, max_length=9, pool="first"), 16),
+    "HFText cls": (lambda o: HFText.Config(model=o.bert, max_length=9, pool="cls"), 16),
     "HFText last": (lambda o: HFText.Config(model=o.bert, max_length=9, pool="last"), 16),
 }
 
@@ -490,7 +490,7 @@ def test_hf_text_equals_plain_transformers() -> None:
     assert ours.dim == 384
 
 
-@pytest.mark.parametrize("pool", ["mean", "first", "last"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "last"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pooling_looks_at_the_mask(origins: Origins, pool: Any, side: str) -> None:
     encoder = _build(HFText.Config(model=origins.bert, pool=pool))
@@ -504,11 +504,11 @@ def test_pooling_looks_at_the_mask(origins: Origins, pool: Any, side: str) -> No
     assert tokens is not None
     for row in range(4):
         real = [tokens[row, i] for i in range(6) if mask[row, i]]
-        want = {"mean": sum(real) / len(real), "first": real[0], "last": real[-1]}[pool]
+        want = {"mean": sum(real) / len(real), "cls": real[0], "last": real[-1]}[pool]
         torch.testing.assert_close(pooled[row], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", ["mean", "first", "last"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "last"])
 def test_a_tokenizer_that_pads_on_the_left_changes_nothing(origins: Origins, tmp_path: Path, pool: Any) -> None:
     """Absolute positions would otherwise depend on the longest text of the batch."""
     from transformers import AutoTokenizer

@@ -29,7 +29,7 @@ class TokenCounter:
             case WordTransform():
                 return len(re.findall(r"\w+", value.lower()))
             case HFTransform():
-                return len(self.transform.tokenizer(value, verbose=False)["input_ids"])
+                return len(self.transform.ids(value))
             case CoCaTransform():
                 tokenizer = self.transform.tokenizer
                 ends = (tokenizer.sot_token_id, tokenizer.eot_token_id)

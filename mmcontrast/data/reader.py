@@ -32,6 +32,10 @@ class Transform(Protocol):
         """The same in two parts: all random draws are made now, the rest when the result is called, in any thread."""
         ...
 
+    def cut(self, value: Any, made: Any) -> bool:
+        """Whether the model input lacks a part of the sample for its length."""
+        ...
+
     def collate(self, values: Sequence[Any]) -> Any:
         """Model inputs of several samples -> one batch of them."""
         ...
@@ -44,6 +48,7 @@ class Example:
     Attributes:
         position: of the sample; in a stream of several sources, counted over all of them.
         source: the source that it is of, where there are several.
+        cut: modalities of which a part was left out, for their length.
     """
 
     position: int
@@ -51,6 +56,7 @@ class Example:
     inputs: Mapping[str, Any]
     meta: Mapping[str, Any]
     source: str = ""
+    cut: Collection[str] = ()
 
 
 class Reader:
@@ -147,15 +153,23 @@ class Reader:
         if not raw:
             raise BadSample(f"has none of {', '.join(self.transforms)}")
         begun = {m: self.transforms[m].begin(value) for m, value in raw.items()}
-        return partial(_finish, position, self.shards.name(position)[1], begun, meta)
+        return partial(self._finish, position, self.shards.name(position)[1], raw, begun, meta)
+
+    def _finish(
+        self,
+        position: int,
+        key: str,
+        raw: Mapping[str, Any],
+        begun: Mapping[str, Callable[[], Any]],
+        meta: Mapping[str, Any],
+    ) -> Example:
+        inputs = {m: finish() for m, finish in begun.items()}
+        cut = [m for m, made in inputs.items() if self.transforms[m].cut(raw[m], made)]
+        return Example(position, key, inputs, meta, cut=cut)
 
     def collate(self, examples: Sequence[Example], skipped: Sequence[tuple[str, str, str]] = ()) -> Batch:
         """Examples -> Batch."""
         return collate(self.transforms, examples, skipped=skipped)
-
-
-def _finish(position: int, key: str, begun: Mapping[str, Callable[[], Any]], meta: Mapping[str, Any]) -> Example:
-    return Example(position, key, {m: finish() for m, finish in begun.items()}, meta)
 
 
 def collate(
@@ -177,7 +191,9 @@ def collate(
             inputs[modality] = transform.collate([examples[i].inputs[modality] for i in having])
     labels = {name: torch.tensor([_label(name, e) for e in examples], dtype=torch.int64) for name in groups}
     ids = torch.tensor([e.position for e in examples], dtype=torch.int64)
-    return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped, [e.source for e in examples])
+    cut = {m: torch.tensor([i for i, e in enumerate(examples) if m in e.cut], dtype=torch.int64) for m in transforms}
+    sources = [e.source for e in examples]
+    return Batch(inputs, rows, ids, labels, [e.key for e in examples], skipped, sources, cut)
 
 
 def _label(name: str, example: Example) -> int:

@@ -15,19 +15,22 @@ class Tally:
 
     Attributes:
         held: (source, modality) -> examples that had it.
+        cut: (source, modality) -> examples of which a part was left out, for its length.
         damage: (shard, reason) -> samples that were replaced; of several sources, SOURCE/shard.
     """
 
     def __init__(self) -> None:
         self.held: Counter[tuple[str, str]] = Counter()
+        self.cut: Counter[tuple[str, str]] = Counter()
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def add(self, batch: Batch) -> None:
         """Count a batch of this rank."""
-        for modality, rows in batch.rows.items():
-            having: list[int] = rows.tolist()  # at once: a tensor is slow to step through
-            for row in having:
-                self.held[batch.sources[row], modality] += 1
+        for counts, found in ((self.held, batch.rows), (self.cut, batch.cut)):
+            for modality, rows in found.items():
+                having: list[int] = rows.tolist()  # at once: a tensor is slow to step through
+                for row in having:
+                    counts[batch.sources[row], modality] += 1
         self.damage.update((shard, reason) for shard, _, reason in batch.skipped)
 
     @staticmethod
@@ -36,6 +39,7 @@ class Tally:
         found = Tally()
         for tally in tallies:
             found.held.update(tally.held)
+            found.cut.update(tally.cut)
             found.damage.update(tally.damage)
         return found
 
@@ -51,6 +55,7 @@ class Tally:
             at = f"data/{source}/" if source else "data/"
             found |= {f"{at}seen": count, f"{at}repeated": max(0, count - sizes[source])}
             found |= {f"{at}{m}": n for (of, m), n in sorted(self.held.items()) if of == source}
+            found |= {f"{at}{m}_cut": n for (of, m), n in sorted(self.cut.items()) if of == source}
             found[f"{at}skipped"] = sum(
                 n for (shard, _), n in self.damage.items() if shard.rpartition("/")[0] == source
             )
@@ -74,10 +79,12 @@ class Tally:
         """Plain values for a checkpoint."""
         return {
             "held": [[*key, count] for key, count in sorted(self.held.items())],
+            "cut": [[*key, count] for key, count in sorted(self.cut.items())],
             "damage": [[*key, count] for key, count in sorted(self.damage.items())],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's counts."""
         self.held = Counter({(source, modality): count for source, modality, count in state["held"]})
+        self.cut = Counter({(source, modality): count for source, modality, count in state["cut"]})
         self.damage = Counter({(shard, reason): count for shard, reason, count in state["damage"]})

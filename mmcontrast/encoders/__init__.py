@@ -3,6 +3,7 @@
 from mmcontrast.encoders.audio import MelConvNet, MelTransformer
 from mmcontrast.encoders.base import Encoder
 from mmcontrast.encoders.coca import CascadePool, CoCaText
+from mmcontrast.encoders.hf_audio import HFAudio
 from mmcontrast.encoders.image import OpenClipImage, TimmImage, ViT
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.text import HFText, OpenClipText, TextTransformer
@@ -15,6 +16,7 @@ __all__ = [
     "CoCaText",
     "BagOfWords",
     "Encoder",
+    "HFAudio",
     "HFText",
     "MelConvNet",
     "MelTransformer",

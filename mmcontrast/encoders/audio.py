@@ -25,14 +25,18 @@ from mmcontrast.encoders.frames import FrameConvNet, FrameTransformer, masked_me
 _FLOOR = 1e-6  # power below which a band counts as silent; -120 dB of a full-scale tone's order
 
 
+Padding = Literal["zero", "repeat", "repeatpad"]
+
+
 class AudioTransform(Transform):
     """Sound -> samples [S] at the tower's rate and how many of them are sound, by a crop that alone is decoded."""
 
     kind = "audio"
 
-    def __init__(self, rate: int, seconds: float, pad: Literal["zero", "repeat"], *, train: bool) -> None:
+    def __init__(self, rate: int, seconds: float, pad: Padding, *, train: bool) -> None:
         """A crop of `seconds` at random in training, in the middle otherwise; shorter sounds are padded."""
-        self.rate, self.seconds, self.pad, self.train = rate, seconds, pad, train
+        self.rate, self.seconds, self.train = rate, seconds, train
+        self.pad: Padding = pad
         self.length = round(seconds * rate)
 
     def __call__(self, value: Any) -> dict[str, Tensor]:
@@ -48,23 +52,37 @@ class AudioTransform(Transform):
         return partial(self._crop, sound, start, wanted)
 
     def _crop(self, sound: Sound, start: int, wanted: int) -> dict[str, Tensor]:
-        samples = sound.read(start, wanted)
+        samples = padded(self.resampled(sound, start, wanted)[: self.length], self.length, self.pad)
+        length = len(samples)
+        samples = nn.functional.pad(samples, (0, self.length - length))
+        return {"samples": samples, "length": torch.tensor(length)}
+
+    def resampled(self, sound: Sound, start: int, frames: int) -> Tensor:
+        """A part of a sound at the tower's rate."""
+        samples = sound.read(start, frames)
         if sound.rate != self.rate:
             from torchaudio.functional import resample
 
             samples = resample(samples, sound.rate, self.rate)
-        samples = samples[: self.length]
-        length = len(samples)
-        if length < self.length:
-            if self.pad == "repeat":
-                samples, length = samples.repeat(-(-self.length // length))[: self.length], self.length
-            else:
-                samples = nn.functional.pad(samples, (0, self.length - length))
-        return {"samples": samples, "length": torch.tensor(length)}
+        return samples
+
+    def cut(self, value: Any, made: Any) -> bool:
+        """Whether the sound is longer than the crop."""
+        sound = audio_from(value)
+        return sound.frames > round(self.seconds * sound.rate)
 
     def collate(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """-> samples [B, S], length [B]."""
         return {name: torch.stack([v[name] for v in values]) for name in ("samples", "length")}
+
+
+def padded(samples: Tensor, length: int, pad: Padding) -> Tensor:
+    """[S] -> as much of `length` as is filled with copies: nothing more, all of it, or as many whole ones as fit."""
+    if pad == "zero" or len(samples) >= length:
+        return samples
+    if pad == "repeatpad":
+        return samples.repeat(length // len(samples))
+    return samples.repeat(-(-length // len(samples)))[:length]
 
 
 class AudioEncoder(Encoder):
@@ -80,8 +98,9 @@ class AudioEncoder(Encoder):
         """Samples per second that the tower works at; sounds of another rate are resampled."""
         seconds: float = 10.0
         """Longest part of a sound that the tower hears: a random one in training, the middle otherwise."""
-        pad: Literal["zero", "repeat"] = "zero"
-        """Shorter sounds are followed by silence, which is masked, or repeated."""
+        pad: Padding = "zero"
+        """Shorter sounds are followed by silence, which is masked; or repeated to the end; or repeated as often as they
+        fit whole, with silence behind ("repeatpad", as CLAP has it)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -36,6 +36,10 @@ class Transform:
         """
         return partial(_given, self(value))
 
+    def cut(self, value: Any, made: Any) -> bool:
+        """Whether the model input lacks a part of the sample for its length; what is cut is counted and reported."""
+        return False
+
     def collate(self, values: Sequence[Any]) -> Any:
         """Model inputs of several samples -> a tensor or a mapping of tensors, [B, ...] each."""
         return torch.stack(list(values))

@@ -85,9 +85,16 @@ class CoCaTransform(Transform):
     def __call__(self, value: Any) -> Tensor:
         """[length], int64."""
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        return torch.tensor([start, *self._ids(value)[: self.context_length - 2], end])
+
+    def _ids(self, value: Any) -> list[int]:
         # A text that spells out "<end_of_text>" would otherwise end there.
-        ids = [i for i in self._encode(str(value)) if i not in (start, end)]
-        return torch.tensor([start, *ids[: self.context_length - 2], end])
+        ends = (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id)
+        return [i for i in self._encode(str(value)) if i not in ends]
+
+    def cut(self, value: Any, made: Tensor) -> bool:
+        """Whether the end of the text was lost."""
+        return len(made) == self.context_length and len(self._ids(value)) > self.context_length - 2
 
     def collate(self, values: Sequence[Any]) -> dict[str, Tensor]:
         """-> ids [B, L], zeros behind the end, and lengths [B]; both int64."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.clip_tokens import encode_by
+from mmcontrast.encoders.hub import load_half, origin_of, refusal
 from mmcontrast.encoders.image import open_clip_model
 
 
@@ -27,14 +28,20 @@ class TokenTransform(Transform):
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self._encode = tokenizer, encode_by(tokenizer)
+        self.length = int(tokenizer.context_length)
 
     def __call__(self, value: Any) -> Tensor:
         """[T]."""
         if self._encode is None:
             return self.tokenizer([str(value)])[0]
-        length = int(self.tokenizer.context_length)
-        ids = [self.tokenizer.sot_token_id, *self._encode(str(value))[: length - 2], self.tokenizer.eot_token_id]
-        return torch.tensor(ids + [0] * (length - len(ids)))
+        ids = [self.tokenizer.sot_token_id, *self._encode(str(value))[: self.length - 2], self.tokenizer.eot_token_id]
+        return torch.tensor(ids + [0] * (self.length - len(ids)))
+
+    def cut(self, value: Any, made: Tensor) -> bool:
+        """Whether the end of the text was lost; not told for other tokenizers than CLIP's."""
+        if self._encode is None or int(made[-1]) != self.tokenizer.eot_token_id:
+            return False
+        return len(self._encode(str(value))) > self.length - 2
 
 
 class TextTransformer(Encoder):
@@ -140,12 +147,28 @@ class HFTransform(Transform):
 
     kind = "text"
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer: Any, max_length: int, *, prefix: str = "", eos: bool = False) -> None:
+        """`prefix` goes before every text; with `eos` every text ends in the tokenizer's end of text."""
+        self.tokenizer, self.max_length, self.prefix = tokenizer, max_length, prefix
+        # Tokenizers of decoders (GPT-2, Llama) set no end.
+        bare = tokenizer("a")["input_ids"] if eos else []
+        self.end = tokenizer.eos_token_id if eos and tokenizer.eos_token_id not in bare else None
 
     def __call__(self, value: Any) -> list[int]:
-        """As many ids as the text has."""
-        return self.tokenizer(str(value), truncation=True, max_length=self.max_length)["input_ids"]
+        """As many ids as the text has, up to `max_length`."""
+        most = self.max_length - (self.end is not None)
+        return self._ended(self.tokenizer(self.prefix + str(value), truncation=True, max_length=most)["input_ids"])
+
+    def ids(self, value: Any) -> list[int]:
+        """All of them."""
+        return self._ended(self.tokenizer(self.prefix + str(value), verbose=False)["input_ids"])
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if self.end is None else [*ids, self.end]
+
+    def cut(self, value: Any, made: list[int]) -> bool:
+        """Whether the end of the text was lost."""
+        return len(made) == self.max_length and len(self.ids(value)) > self.max_length
 
     def collate(self, values: Sequence[Any]) -> dict[str, Tensor]:
         """-> input_ids and attention_mask, int64 [B, T]."""
@@ -154,7 +177,11 @@ class HFTransform(Transform):
 
 
 class HFText(Encoder):
-    """Any text model of transformers with its tokenizer, pooled by mean, first or last token."""
+    """Any text model of transformers with its tokenizer.
+
+    Encoders (BERT, XLM-R and other multilingual ones), decoders (GPT-2, Qwen), the encoder of an encoder-decoder (T5,
+    mT5, BART), and the text tower of a two-tower model (CLIP, CLAP).
+    """
 
     kind = "text"
 
@@ -164,8 +191,13 @@ class HFText(Encoder):
 
         model: str
         """Folder of a transformers model and tokenizer, or a name that transformers can find."""
-        pool: Literal["mean", "first", "last"] = "mean"
-        """Mean over tokens, the first (BERT's CLS) or the last that is no padding."""
+        pool: Literal["mean", "cls", "last", "eos", "pooler"] = "mean"
+        """Mean over tokens, the first (BERT's CLS), the last that is no padding, the first end of text (CLIP; decoders
+        get one), or what the model itself pools. CLIP's argmax of the ids is its first end of text, "eos"."""
+        projected: bool = False
+        """Also apply the model's own projection to the space that it was trained in (CLIP and CLAP: with "pooler")."""
+        prefix: str = ""
+        """Goes before every text: what a model was trained with, such as "query: " for E5."""
         max_length: int = 77
         """T at most; longer texts are cut."""
 
@@ -173,32 +205,57 @@ class HFText(Encoder):
         super().__init__(config)
         # Threads of the tokenizer would deadlock forked loader workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        origin = str(restore or Path(config.model).expanduser())
-        if config.model.startswith(("/", ".", "~")) and not Path(origin).is_dir():
-            raise ConfigError(f"there is no folder {origin!r} with a transformers model")
-        self.pool, self.max_length = config.pool, config.max_length
+        if config.max_length < 3:
+            raise ConfigError(f"max_length {config.max_length} leaves no room for a word; use at least 3")
+        origin = origin_of(config.model, restore)
+        # Layers that are dropped at random would leave weights without a gradient, for which DDP waits.
+        half = load_half(origin, "text", weights=restore is None, changes={"layerdrop": 0.0, "encoder_layerdrop": 0.0})
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(origin)
-            if restore is None:
-                self.tower: Any = AutoModel.from_pretrained(origin, dtype=torch.float32)
-            else:
-                self.tower = AutoModel.from_config(AutoConfig.from_pretrained(origin), dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"transformers cannot load {origin!r}: {str(error).splitlines()[0]}") from None
+            raise refusal(origin, error) from None
+        self.model_config, self.tower, self.projection = half.config, half.tower, half.projection
         # On the left, padding would shift positions by the longest text of a batch: samples would not be independent.
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Tokens are pooled below: parameters that no gradient reaches would make DDP stop.
-        self.tower.pooler = None
-        self.dim = int(self.tower.config.hidden_size)
+        self.text_config, self.pool = config, config.pool
+        self._check(config)
+        if config.pool != "pooler":
+            self.tower.pooler = None  # parameters that no gradient reaches would make DDP stop
+        if not config.projected:
+            self.projection = None
+        self.dim = self._width(config)
         self.finish(config, pretrained=True)
+
+    @torch.no_grad()
+    def _width(self, config: Config) -> int:
+        """C, asked of the longest text, which a model with fewer positions cannot read."""
+        self.tower.eval()
+        ids = self.example()["input_ids"]
+        ids = ids.repeat(1, config.max_length)[:, : config.max_length]
+        try:
+            return self.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0].shape[1]
+        except (IndexError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ConfigError(f"{config.model} cannot read max_length {config.max_length} tokens: {reason}") from None
+
+    def _check(self, config: Config) -> None:
+        if "siglip" in self.model_config.model_type:
+            raise ConfigError("SigLIP's text tower reads its padding: use OpenClipText, whose architectures have it")
+        if config.pool == "eos" and self.tokenizer.eos_token_id is None:
+            raise ConfigError(f"pool 'eos': the tokenizer of {config.model} has no end of text; use 'mean' or 'cls'")
+        if config.projected and self.projection is None:
+            raise ConfigError(f"projected: {config.model} has no projection of its own")
+        if config.projected and config.pool != "pooler":
+            raise ConfigError(f"projected: the projection of {config.model} is of what it pools; use pool 'pooler'")
 
     def transform(self, *, train: bool) -> HFTransform:
         """The same in training and evaluation."""
-        return HFTransform(self.tokenizer, self.max_length)
+        c = self.text_config
+        return HFTransform(self.tokenizer, c.max_length, prefix=c.prefix, eos=c.pool == "eos")
 
     def example(self) -> dict[str, Tensor]:
         """One word."""
@@ -207,17 +264,29 @@ class HFText(Encoder):
 
     def forward(self, x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """input_ids and attention_mask [B, T] -> [B, C], [B, T, C]."""
-        tokens = self.tower(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).last_hidden_state
-        mask = x["attention_mask"].to(tokens.dtype)[:, :, None]
+        found = self.tower(input_ids=x["input_ids"], attention_mask=x["attention_mask"])
+        tokens = found.last_hidden_state
+        pooled = self._pooled(found, tokens, x)
+        return pooled if self.projection is None else self.projection(pooled), tokens
+
+    def _pooled(self, found: Any, tokens: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+        if self.pool == "pooler":
+            pooled = getattr(found, "pooler_output", None)
+            if pooled is None:
+                raise ConfigError(f"pool 'pooler': {self.text_config.model} pools nothing itself; use 'mean' or 'cls'")
+            return pooled
         if self.pool == "mean":
-            return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1), tokens
+            mask = x["attention_mask"].to(tokens.dtype)[:, :, None]
+            return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
         at = x["attention_mask"].long()
-        places = torch.arange(1, at.shape[1] + 1, device=at.device)  # from 1, for 0 is what padding gets
-        # By position, not by counting: tokenizers pad on either side.
+        # By position, not by counting: tokenizers pad on either side. From 1, for 0 is what padding gets.
+        places = torch.arange(1, at.shape[1] + 1, device=at.device)
+        if self.pool == "eos":
+            at = at * (x["input_ids"] == self.tokenizer.eos_token_id)
         chosen = (at * places).argmax(1) if self.pool == "last" else (at * places.flip(0)).argmax(1)
-        return tokens[torch.arange(len(at), device=at.device), chosen], tokens
+        return tokens[torch.arange(len(at), device=at.device), chosen]
 
     def save_assets(self, folder: Path) -> None:
         """The tokenizer and the architecture, so that the run needs its origin no more."""
         self.tokenizer.save_pretrained(folder)
-        self.tower.config.save_pretrained(folder)
+        self.model_config.save_pretrained(folder)

@@ -63,6 +63,11 @@ class SignalTransform(Transform):
         drawn = self._draw() if self.train else _Drawn()
         return partial(self._make, signal, start, wanted, columns, drawn)
 
+    def cut(self, value: Any, made: Any) -> bool:
+        """Whether the signal is longer than the window."""
+        signal = signal_from(value)
+        return signal.frames > max(1, round(self.config.seconds * signal.rate))
+
     def _draw(self) -> _Drawn:
         c, channels = self.config, len(self.config.channels)
         cut = None

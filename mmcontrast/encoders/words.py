@@ -32,8 +32,12 @@ class WordTransform(Transform):
 
     def __call__(self, value: Any) -> Tensor:
         """[words, 2], rows from 1; at least one word, so that a text of signs alone still has an embedding."""
-        words = re.findall(r"\w+", str(value).lower())[: self.max_words] or [""]
+        words = _words(value)[: self.max_words] or [""]
         return torch.tensor([self._rows(word) for word in words])
+
+    def cut(self, value: Any, made: Tensor) -> bool:
+        """Whether the last words were lost."""
+        return len(made) == self.max_words and len(_words(value)) > self.max_words
 
     def _rows(self, word: str) -> list[int]:
         if word not in self.known:
@@ -45,6 +49,10 @@ class WordTransform(Transform):
     def collate(self, values: Sequence[Tensor]) -> Tensor:
         """[B, T, 2], padded with row 0."""
         return nn.utils.rnn.pad_sequence(list(values), batch_first=True)
+
+
+def _words(value: Any) -> list[str]:
+    return re.findall(r"\w+", str(value).lower())
 
 
 class BagOfWords(Encoder):
