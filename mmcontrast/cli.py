@@ -239,8 +239,36 @@ def index_search(
     )
 
 
+def index_serve(
+    indices: Positional[tuple[Path, ...]],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    allow_host: tuple[str, ...] = (),
+    model: tuple[Path, ...] = (),
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Search indices on a page of one's own: with words, pictures, sounds and signals; and by a JSON API.
+
+    Args:
+        indices: what `index build` wrote; two of them can be looked at side by side.
+        host: address to listen at. The default answers this machine alone; there is no password.
+        port: to listen at; 0 takes a free one.
+        allow_host: further names by which the server is reached, as behind a proxy.
+        model: where the models lie now, if they moved: one for each index, or one for all.
+        trust: modules or .py files whose classes the runs' configs may name.
+    """
+    try:
+        from mmcontrast.eval.serve.app import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise ConfigError("the page is served by FastAPI: pip install 'mmcontrast[serve]'") from None
+
+    run(indices, host=host, port=port, names=allow_host, models=model, trust=trust)
+
+
 def _index() -> None:
-    """Build and search an index: build, search."""
+    """Build and search an index: build, search, serve."""
 
 
 def _check() -> None:
@@ -252,7 +280,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "grads": cast(Callable[..., None], grads_usage),
         "shards": cast(Callable[..., None], shards_usage),
     },
-    "index": {"build": index_build, "search": index_search},
+    "index": {"build": index_build, "search": index_search, "serve": index_serve},
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,

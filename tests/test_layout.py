@@ -20,7 +20,11 @@ def test_every_package_is_in_the_wheel(tmp_path: Path) -> None:
         ".".join(("mmcontrast", *p.parent.relative_to(ROOT / "mmcontrast").parts))
         for p in (ROOT / "mmcontrast").rglob("__init__.py")
     }
-    beside = {f"mmcontrast.{name}" for name in ("eval", "data_prep", "recipes")}
+    beside = {
+        ".".join(("mmcontrast", *p.parent.relative_to(ROOT).parts))
+        for name in ("eval", "data_prep", "recipes")
+        for p in (ROOT / name).rglob("__init__.py")
+    }
     assert listed == inside | beside
 
     subprocess.run(
@@ -47,6 +51,7 @@ def test_every_package_is_in_the_wheel(tmp_path: Path) -> None:
         f"mmcontrast/{p.relative_to(ROOT)}" for d in ("eval", "data_prep", "recipes") for p in (ROOT / d).rglob("*.py")
     }
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "mmcontrast").rglob("*.py")} | {"mmcontrast/py.typed"}
+    wanted |= {f"mmcontrast/{p.relative_to(ROOT)}" for p in (ROOT / "eval" / "serve" / "page").iterdir()}
     assert wanted <= names and not any(n.startswith("tests") for n in names)
 
     # From another folder, with only the wheel's content on the path; -P keeps the current folder out.
