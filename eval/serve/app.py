@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.eval.index import Index
 from mmcontrast.eval.serve.guard import Guard, is_loopback
-from mmcontrast.eval.serve.schema import MAX_ID, Description, Hits, Plot, Problem, Sample, Search
+from mmcontrast.eval.serve.schema import ID, Description, Hits, Part, Plot, Problem, Sample, Search
 from mmcontrast.eval.serve.shelf import NotFound, Shelf
 
 _PAGE = Path(__file__).parent / "page"
@@ -32,7 +32,7 @@ Files are sent as base64 within JSON. Whatever is wrong comes back as one senten
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Problem, "description": "400: a request that cannot be used; 404: no such thing; 413: too large"}
 }
-_Id = Annotated[int, PathParameter(ge=0, le=MAX_ID)]
+_Id = Annotated[str, PathParameter(pattern=ID)]
 
 
 def open_shelves(
@@ -107,7 +107,7 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
         return Hits(index=query.index, milliseconds=round(1000 * (time.perf_counter() - begun), 1), hits=hits)
 
     def samples(
-        index: str, count: Annotated[int, Query(ge=1, le=100)] = 12, seed: Annotated[int, Query(ge=0, le=MAX_ID)] = 0
+        index: str, count: Annotated[int, Query(ge=1, le=100)] = 12, seed: Annotated[int, Query(ge=0, le=2**53)] = 0
     ) -> list[Sample]:
         """Some samples, drawn at random by the seed."""
         return shelf(index).some(count, seed)
@@ -194,7 +194,11 @@ def _config_error(request: Request, error: Exception) -> Response:
 def _invalid(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with a request, where it stands and what would be right."""
     first: Any = cast(RequestValidationError, error).errors()[0]
-    where = ".".join(str(place) for place in first["loc"] if place not in ("body", "query", "path"))
+    places = [place for place in first["loc"] if place not in ("body", "query", "path")]
+    where = ".".join(map(str, places))
+    if first["type"] == "extra_forbidden":
+        known = (Part if "parts" in places else Search).model_fields
+        return _problem(400, f"there is no field {where[:100]!r}{suggest(str(places[-1])[:100], known)}")
     if first["type"] == "json_invalid":
         return _problem(400, f"the request is not JSON: {first['ctx']['error']}")
     given = first.get("input")

@@ -22,6 +22,7 @@ from mmcontrast.signals import Signal
 HEARD_SECONDS = 120  # of a sound; a player gets no more, and a plot shows the same
 SEEN_VALUES = 32 << 20  # of a signal, all channels together
 TEXT = 10_000  # characters of a caption
+_LOSSLESS = 128 << 10  # pixels of a picture
 _CHANNELS = 16
 _COLUMNS = 600
 _FIELDS, _ITEMS, _SAID, _DEPTH = 40, 40, 2_000, 4  # of metadata
@@ -34,7 +35,8 @@ def webp(picture: Picture, side: int) -> bytes:
     drawn = Image.fromarray(picture.read().permute(1, 2, 0).numpy())
     drawn.thumbnail((side, side))
     file = io.BytesIO()
-    drawn.save(file, "WEBP", quality=88)
+    # Small ones as they are: drawings have flat surfaces, on which losses can be seen.
+    drawn.save(file, "WEBP", quality=88, lossless=drawn.width * drawn.height <= _LOSSLESS)
     return file.getvalue()
 
 

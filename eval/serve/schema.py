@@ -11,7 +11,8 @@ MAX_FILE_BYTES = 16 << 20
 MAX_PARTS = 8
 MAX_TOP = 200
 MAX_NAMES = 64  # channels of a signal that a query names
-MAX_ID = 2**63 - 1
+ID = r"^\d{1,9}-\d{1,18}$"
+"""Of a sample: a source of the index, and its place there."""
 
 
 class _Strict(BaseModel):
@@ -32,7 +33,7 @@ class Part(_Strict):
             description="A file in base64: JPEG, PNG or WebP; WAV, FLAC, Ogg or MP3; .npy [time, channels].",
         ),
     ] = None
-    like: Annotated[int | None, Field(ge=0, le=MAX_ID, description="The id of a stored sample.")] = None
+    like: Annotated[str | None, Field(pattern=ID, description="The id of a stored sample.")] = None
     of: Annotated[
         str | None, Field(max_length=200, description="The index that stores it, by default the one that is searched.")
     ] = None
@@ -62,7 +63,7 @@ class Medium(BaseModel):
 class Sample(BaseModel):
     """A stored sample."""
 
-    id: int
+    id: str
     key: str
     shard: str
     text: str | None

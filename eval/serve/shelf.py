@@ -1,7 +1,6 @@
 """One index as the page and the API ask it: what it is, queries of several parts, samples and what they hold.
 
-Nothing else of the server touches an index, a model or shards; and here no two threads do at once, since neither a
-model nor open shards may be used so.
+Nothing else of the server touches an index or a model.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.data.reader import SIGNAL, Reader
+from mmcontrast.data.reader import SIGNAL
 from mmcontrast.decode import Picture, Sound
-from mmcontrast.encoders.base import Transform
 from mmcontrast.encoders.timeseries import SignalTransform
 from mmcontrast.eval.index import Index
 from mmcontrast.eval.serve import media
-from mmcontrast.eval.serve.schema import MAX_FILE_BYTES, Description, Hit, Medium, Model, Part, Plot, Sample, Tower
-from mmcontrast.shards import FORMATS, BadSample, open_shards
+from mmcontrast.eval.serve.samples import Place, Samples
+from mmcontrast.eval.serve.schema import MAX_FILE_BYTES, Description, Hit, Model, Part, Plot, Sample, Tower
+from mmcontrast.shards import FORMATS, BadSample
 from mmcontrast.signals import Signal, signal
 
 
@@ -39,7 +38,12 @@ class Shelf:
 
     def __init__(self, name: str, index: Index) -> None:
         self.name, self.index = name, index
-        self._encoding, self._reading, self._drawing = Lock(), Lock(), Lock()
+        self._encoding, self._drawing = Lock(), Lock()  # one at a time: a large file takes hundreds of megabytes
+        model, manifest = index.model, index.manifest
+        self.kinds = {m: model.encoder(m).kind for m in model.modalities}
+        # Kind -> the modality of the model that is shown under it, the kind itself where the model has none.
+        self.names = {kind: next((m for m, k in self.kinds.items() if k == kind), kind) for kind in FORMATS}
+        self.samples = Samples([(manifest["shards"], manifest["data"])], self.names)
         self._positions: NDArray[np.int64] = index.rows.column("position").to_numpy()
         self._order = np.argsort(self._positions, kind="stable")
 
@@ -48,32 +52,30 @@ class Shelf:
     @cached_property
     def description(self) -> Description:
         """The index and the model that made it."""
-        m, model = self.index.manifest, self.index.model
-        path = Path(m["model"])
+        m = self.index.manifest
         return Description(
             name=self.name,
             modality=m["modality"],
-            kind=model.encoder(m["modality"]).kind,
-            count=len(self._positions),
+            kind=self.kinds[m["modality"]],
+            count=m["count"],
             dim=m["dim"],
             type=m["type"],
             recall_at_10=m["quality"].get("recall_at_10"),
-            readable=self._reader is not None,
+            readable=self.samples.readable,
             # Its run and step; where on the disk they lie is nobody's business.
-            model=Model(name="/".join(path.parts[-2:]), hash=m["model_hash"], towers=[*map(self._tower, self._kinds)]),
+            model=Model(
+                name="/".join(Path(m["model"]).parts[-2:]),
+                hash=m["model_hash"],
+                towers=[self._tower(name) for name in self.kinds],
+            ),
         )
-
-    @cached_property
-    def _kinds(self) -> dict[str, str]:
-        """Modality of the model -> its kind."""
-        return {m: self.index.model.encoder(m).kind for m in self.index.model.modalities}
 
     def _tower(self, name: str) -> Tower:
         transform = self.index.model.encoder(name).transform(train=False)
         if not isinstance(transform, SignalTransform):
-            return Tower(name=name, kind=self._kinds[name])
+            return Tower(name=name, kind=self.kinds[name])
         c = transform.config
-        return Tower(name=name, kind=self._kinds[name], rate=c.rate, channels=list(c.channels))
+        return Tower(name=name, kind=self.kinds[name], rate=c.rate, channels=list(c.channels))
 
     # -------------------------------------------------------------------------------------------- queries
 
@@ -87,7 +89,7 @@ class Shelf:
 
         Raises:
             ConfigError: a part that cannot be used, or parts that cancel each other.
-            NotFound: a part names a sample that the index does not have.
+            NotFound: a part names a sample or an index that is not there.
         """
         total = np.zeros(self.index.manifest["dim"], np.float32)
         for number, part in enumerate(parts, 1):
@@ -100,8 +102,7 @@ class Shelf:
         if not norm > 1e-6:
             raise ConfigError("the parts of the query cancel each other; change a weight, or leave one out")
         named = {self._row(p.like) for p in parts if p.like is not None and others.get(p.of or "", self) is self}
-        wanted = min(top + len(named), len(self._positions))
-        scores, rows = self.index.index.search((total / norm)[None], wanted)
+        scores, rows = self.index.index.search((total / norm)[None], min(top + len(named), self.description.count))
         found = [(float(s), r) for s, r in zip(scores[0], rows[0].tolist(), strict=True) if r >= 0 and r not in named]
         return [Hit(score=round(score, 6), **dict(self._sample(row))) for score, row in found[:top]]
 
@@ -129,24 +130,22 @@ class Shelf:
         with self._encoding:
             return self.index.model.encode(modality, [value])[0].numpy()
 
-    def _from(self, origin: Shelf, position: int) -> tuple[str, Any]:
+    def _from(self, origin: Shelf, sample: str) -> tuple[str, Any]:
         """A sample of another index as this one's model can take it: what that index is of, or else what there is."""
-        origin.sample(position)
-        kind = origin.description.kind
-        for own in sorted(self._kinds, key=lambda m: self._kinds[m] != kind):
-            value = origin.raw(position, origin.names[self._kinds[own]])
+        place, kind = origin.place(sample), origin.description.kind
+        for own in sorted(self.kinds, key=lambda m: self.kinds[m] != kind):
+            value = origin.samples.raw(place, origin.names[self.kinds[own]])
             if value is not None:
                 return own, value
-        raise BadSample(f"sample {position} of {origin.name} has nothing that the model of {self.name} knows")
+        raise BadSample(f"sample {sample} of {origin.name} has nothing that the model of {self.name} knows")
 
     def _asked(self, part: Part) -> tuple[str, str]:
         if part.modality is not None:
             self.index.model.encoder(part.modality)  # or it is said which there are
-            return part.modality, self._kinds[part.modality]
-        texts = [m for m, kind in self._kinds.items() if kind == "text"]
-        if part.text is None or not texts:
-            raise BadSample(f"its modality is missing; the model has {', '.join(self._kinds)}")
-        return texts[0], "text"
+            return part.modality, self.kinds[part.modality]
+        if part.text is None or "text" not in self.kinds.values():
+            raise BadSample(f"its modality is missing; the model has {', '.join(self.kinds)}")
+        return self.names["text"], "text"
 
     def _file(self, part: Part, kind: str, modality: str) -> Any:
         try:
@@ -169,140 +168,90 @@ class Shelf:
 
     # -------------------------------------------------------------------------------------------- samples
 
-    def sample(self, position: int) -> Sample:
+    def sample(self, sample: str) -> Sample:
         """What is known of a sample.
 
         Raises:
             NotFound: the index does not have it.
         """
-        return self._sample(self._row(position))
+        return self._sample(self._row(sample))
 
     def some(self, count: int, seed: int) -> list[Sample]:
         """Samples to begin with, drawn at random."""
-        rng = np.random.default_rng(seed)
-        rows = rng.choice(len(self._positions), min(count, len(self._positions)), replace=False)
+        n = len(self._positions)
+        rows = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
         return [self._sample(row) for row in rows.tolist()]
 
-    def picture(self, position: int, modality: str, *, side: int) -> bytes:
+    def picture(self, sample: str, modality: str, *, side: int) -> bytes:
         """A picture as WebP.
 
         Raises:
             NotFound: the sample has none, or it cannot be read.
         """
-        with self._reads(position, modality, Picture) as value:
+        with self._shown(sample, modality, Picture) as value:
             return media.webp(value, side)
 
-    def sound(self, position: int, modality: str) -> bytes:
+    def sound(self, sample: str, modality: str) -> bytes:
         """A sound as WAV.
 
         Raises:
             NotFound: the sample has none, or it cannot be read.
         """
-        with self._reads(position, modality, Sound) as value:
+        with self._shown(sample, modality, Sound) as value:
             return media.wave(value)
 
-    def plot(self, position: int, modality: str) -> Plot:
+    def plot(self, sample: str, modality: str) -> Plot:
         """The outline of a sound or signal.
 
         Raises:
             NotFound: the sample has none, or it cannot be read.
         """
-        with self._reads(position, modality, (Sound, Signal)) as value:
-            meta = self._metadata(position)
-            own = meta.get(modality)
-            return media.plot(value, (cast(Mapping[str, Any], own) if isinstance(own, Mapping) else meta).get("units"))
+        with self._shown(sample, modality, (Sound, Signal)) as value:
+            return media.plot(value, self.samples.metadata(Place.of(sample), modality).get("units"))
 
-    def tag(self, position: int, *what: object) -> str:
+    def tag(self, sample: str, *what: object) -> str:
         """Changes when what is shown of a sample does: the address alone may belong to another index tomorrow."""
-        return f'"{self.index.manifest["data"]}-{position}-{"-".join(map(str, what))}"'
+        data = self.samples.fingerprints[self.place(sample).source]
+        return f'"{data}-{sample}-{"-".join(map(str, what))}"'
 
     @contextmanager
-    def _reads(self, position: int, modality: str, kind: type | tuple[type, ...]) -> Generator[Any]:
-        """The decoded value; one at a time, since the largest takes hundreds of megabytes."""
-        self._row(position)
+    def _shown(self, sample: str, modality: str, kind: type | tuple[type, ...]) -> Generator[Any]:
+        place = self.place(sample)
         with self._drawing:
             try:
-                value = self.raw(position, modality)
+                value = self.samples.raw(place, modality)
                 if not isinstance(value, kind):
-                    raise NotFound(f"sample {position} has nothing of {modality[:100]!r} that can be shown so")
+                    raise NotFound(f"sample {sample} has nothing of {modality[:100]!r} that can be shown so")
                 yield value
             except BadSample as error:
-                raise NotFound(f"{modality} of sample {position} cannot be shown: {error}") from None
+                raise NotFound(f"{modality} of sample {sample} cannot be shown: {error}") from None
 
-    def _row(self, position: int) -> int:
-        place = int(np.searchsorted(self._positions, position, sorter=self._order))
-        row = int(self._order[place]) if place < len(self._order) else -1
-        if row < 0 or self._positions[row] != position:
-            raise NotFound(f"the index {self.name} has no sample {position}")
+    def place(self, sample: str) -> Place:
+        """Where a sample of the index lies; what was not indexed, or was deleted, is not shown either.
+
+        Raises:
+            NotFound: the index does not have it.
+        """
+        self._row(sample)
+        return Place.of(sample)
+
+    def _row(self, sample: str) -> int:
+        place = Place.of(sample)
+        at = int(np.searchsorted(self._positions, place.position, sorter=self._order))
+        row = int(self._order[at]) if at < len(self._order) else -1
+        if place.source or row < 0 or self._positions[row] != place.position:
+            raise NotFound(f"the index {self.name} has no sample {sample}")
         return row
 
     def _sample(self, row: int) -> Sample:
         facts = self.index.rows.slice(row, 1).to_pylist()[0]
-        position = facts["position"]
-        try:
-            said = self.raw(position, self.names["text"])
-        except BadSample:
-            said = None
-        said = said if isinstance(said, str) else facts["text"]
+        place = Place(0, facts["position"])
+        said = self.samples.text(place) or facts["text"]
         return Sample(
-            id=position,
+            id=str(place),
             key=media.text(facts["key"]),
             shard=media.text(facts["shard"]),
             text=None if said is None else media.text(said[: media.TEXT]),
-            media=self._media(position),
-            metadata=media.metadata(self._metadata(position)),
+            media=self.samples.media(place),
+            metadata=media.metadata(self.samples.metadata(place)),
         )
-
-    def _media(self, position: int) -> list[Medium]:
-        if self._reader is None:
-            return []
-        with self._reading:
-            present = set(self._reader.shards.extensions(position))
-        kinds = [kind for kind in ("image", "audio", SIGNAL) if present & set(FORMATS[kind])]
-        return [Medium.model_validate({"modality": self.names[kind], "kind": kind}) for kind in kinds]
-
-    @cached_property
-    def names(self) -> dict[str, str]:
-        """Kind -> the modality of the model that is shown under it; the kind itself where the model has none."""
-        return {kind: next((m for m, k in self._kinds.items() if k == kind), kind) for kind in FORMATS}
-
-    @cached_property
-    def _reader(self) -> Reader | None:
-        """Whatever the samples hold, also what the model does not know; None where the shards are gone or changed."""
-        try:
-            shards = open_shards(self.index.manifest["shards"])
-            if shards.fingerprint != self.index.manifest["data"]:
-                return None
-            return Reader(shards, {name: _looks_at(kind) for kind, name in self.names.items()}, lacking=True)
-        except (ConfigError, OSError):
-            return None
-
-    def raw(self, position: int, modality: str) -> Any:
-        """The decoded value of a modality; None where the sample lacks it, or the shards are gone.
-
-        Raises:
-            BadSample: it is damaged.
-        """
-        if self._reader is None or modality not in self._reader.members:
-            return None
-        with self._reading:
-            try:
-                return self._reader.raw(position, modality)
-            except (ConfigError, OSError) as error:  # a shard that went away while it is served
-                raise BadSample(str(error)[:200]) from None
-
-    def _metadata(self, position: int) -> Mapping[str, Any]:
-        if self._reader is None:
-            return {}
-        with self._reading:
-            try:
-                return self._reader.meta(position)
-            except (BadSample, ConfigError, OSError):
-                return {}
-
-
-def _looks_at(kind: str) -> Transform:
-    """What a reader needs of a kind that is looked at and not embedded."""
-    transform = Transform()
-    transform.kind = kind
-    return transform

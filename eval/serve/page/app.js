@@ -68,7 +68,7 @@ async function run() {
   if (failed && answers.length === 1) problem(failed.error);
   const count = answers.reduce((sum, answer) => sum + (answer.hits?.length ?? 0), 0);
   $("status").textContent = failed ? "" : isAsked() ? `${plural(count, "answer")} in ${number(Math.round(performance.now() - begun))} ms`
-    : "Some of what is in it, at random. Search with words, or drop a picture, a sound or a signal anywhere.";
+    : `Some of what is in it, at random. ${$("text").placeholder.replace(/, or drop/, "; or drop")}.`;
   document.title = $("text").value.trim() ? `${$("text").value.trim()} – mmcontrast` : "mmcontrast search";
 }
 
@@ -214,7 +214,7 @@ async function restore() {
   $("top").value = [...$("top").options].some((o) => o.value === then.get("top")) ? then.get("top") : "24";
   forget(parts);
   parts = [];
-  if (/^\d{1,18}$/.test(then.get("like") ?? "") && named(then.get("of"))) {
+  if (/^\d{1,9}-\d{1,18}$/.test(then.get("like") ?? "") && named(then.get("of"))) {
     try {
       const sample = await api.one(then.get("of"), then.get("like"));
       parts = [{ kind: "like", id: sample.id, of: then.get("of"), name: sample.text || sample.key, sample, away: false }];
@@ -239,7 +239,7 @@ function fit() {
   const known = [["text", "words"], ["image", "a picture"], ["audio", "a sound"], ["timeseries", "a signal"]].filter(([kind]) => accepts(kind));
   const [first, ...dropped] = known[0]?.[0] === "text" ? known : [null, ...known];
   const files = dropped.map(([, word]) => word).join(" or ");
-  $("text").placeholder = first ? `Describe it${files ? `, or drop ${files}` : ""}` : `Drop ${files}`;
+  $("text").placeholder = first ? `Describe what you look for${files ? `, or drop ${files}` : ""}` : `Drop ${files}`;
   $("text").disabled = !first;
   $("away").disabled = !first;
   $("attach").hidden = !files;

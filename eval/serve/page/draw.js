@@ -106,14 +106,18 @@ function card(index, sample, { best, like, open }) {
   else if (first.kind === "image") opener.append(picture(index, sample, first, 384));
   else opener.append(drawing(index, sample, first, { most: 4, axis: false }));
   const sound = sample.media.find((medium) => medium.kind === "audio");
-  const simple = Object.entries(sample.metadata).filter(([, value]) => typeof value !== "object" && String(value).length <= 40);
+  const said = new Set([shown(sample).toLowerCase()]); // a label that repeats the caption says nothing
+  const simple = Object.entries(sample.metadata).filter(([, value]) => {
+    const word = String(value).toLowerCase();
+    return typeof value !== "object" && word.length <= 40 && !said.has(word) && said.add(word);
+  });
   return el("li", { class: "card", "data-id": sample.id },
     opener,
     sound ? player(index, sample, sound) : null,
     first ? el("p", { class: "said" }, shown(sample)) : null,
     simple.length ? el("div", { class: "tags" }, simple.slice(0, 3).map(([key, value]) => el("span", { title: `${key}: ${value}` }, String(value)))) : null,
-    sample.score === undefined ? null : score(sample.score, best),
-    el("div", { class: "actions" }, el("button", { type: "button", class: "like", onclick: like }, "More like this")));
+    el("div", { class: "foot" }, sample.score === undefined ? null : score(sample.score, best),
+      el("button", { type: "button", class: "like", onclick: like }, "More like this")));
 }
 
 function score(value, best) {
@@ -130,7 +134,8 @@ export function cards(index, samples, { like, open }) {
 
 export function modelFacts(d) {
   const recall = d.recall_at_10 === null ? "" : ` · recall@10 ${d.recall_at_10.toFixed(3)} against exact search`;
-  return el("p", { class: "facts" }, `${number(d.count)} of ${d.modality} · made by the model `, el("b", {}, d.model.name),
+  const things = { image: "picture", text: "text", audio: "sound", timeseries: "signal" }[d.kind] ?? d.kind;
+  return el("p", { class: "facts" }, `${plural(d.count, things)}${things === d.modality || d.modality === d.kind ? "" : ` (${d.modality})`} · made by the model `, el("b", {}, d.model.name),
     ` (${d.model.hash}) · ${d.dim} dimensions · ${d.type}${recall}`,
     d.readable ? "" : el("span", { class: "bad" }, " · its shards are gone or changed: pictures and sounds cannot be shown"));
 }
