@@ -51,6 +51,7 @@ def forward_backward(
     *,
     micro_batch: int | Mapping[str, int],
     seed: tuple[int, ...],
+    step: int = 0,
     first_row: int = 0,
     keep: Keep = Keep(),
     weights: Iterable[Tensor] = (),
@@ -73,6 +74,7 @@ def forward_backward(
         micro_batch: rows that are encoded in one go; by modality, if the towers differ. Modalities that a head reads
             together must have the same.
         seed: with the first global row of a micro-batch, the seed of its randomness.
+        step: the optimizer step, which decides the heads' weights.
         first_row: global row of this rank's first row.
         keep: graphs of the first pass that are kept.
         weights: of the model, which do not count as kept.
@@ -123,7 +125,7 @@ def forward_backward(
 
         cotangents = {m: g * cotangent_scale for m, g in result.gradients.items()}
         counts = {name: count.clamp(min=1).to(result.loss.dtype) for name, count in counts.items()}
-        cotangents |= {name: head.weight * cotangent_scale / counts[name] for name, head in heads.items()}
+        cotangents |= {name: head.weight_at(step) * cotangent_scale / counts[name] for name, head in heads.items()}
         graphs.reverse()  # so that each is let go of as soon as it has been used
         for at, piece in enumerate(pieces):
             encoded = graphs.pop() if graphs else _encode(with_heads, piece, seed, first_row)
@@ -134,7 +136,7 @@ def forward_backward(
     if not heads:
         return result
     terms = {name: total / counts[name] for name, total in _sum_over_ranks(sums, world).items()}
-    of_heads = torch.stack([heads[name].weight * term for name, term in terms.items()]).sum()
+    of_heads = torch.stack([heads[name].weight_at(step) * term for name, term in terms.items()]).sum()
     return replace(result, loss=result.loss + of_heads, terms={**result.terms, **terms})
 
 

@@ -138,12 +138,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Optimizer state as `PARAMETER/KEY` -> tensor."""
-    found: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            found[f"{names[parameter]}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return found
+    """The tensors of an optimizer's state as `PARAMETER/KEY` -> tensor, and those of its groups as `NUMBER/KEY`."""
+    owners = [(names[parameter], state) for parameter, state in optimizer.state.items()]
+    owners += [(str(number), group) for number, group in enumerate(optimizer.param_groups)]
+    return {f"{owner}/{key}": t for owner, state in owners for key, t in state.items() if isinstance(t, Tensor)}
 
 
 def load_optimizer(
@@ -153,6 +151,9 @@ def load_optimizer(
     by_name = {name: parameter for parameter, name in names.items()}
     for full, value in tensors.items():
         name, _, key = full.rpartition("/")
+        if name.isdecimal():
+            optimizer.param_groups[int(name)][key] = value
+            continue
         parameter = by_name[name]
         # Step counters stay where they were made; moments go to their parameter.
         place = parameter.device if value.ndim else value.device

@@ -63,6 +63,7 @@ class GlobalBatch:
     present: Mapping[str, Tensor]  # [N] bool
     ids: Tensor  # [N]
     groups: Mapping[str, Tensor]  # [N]
+    step: int  # the optimizer step that it is for
 
     @property
     def n(self) -> int:
@@ -338,7 +339,7 @@ def _whole(
     rows = torch.arange(len(batch.ids), device=batch.ids.device)
     totals = objective.partial(Block(z, z, batch.present, rows, batch.ids, batch.groups, aux))
     loss = objective.finalize(totals, batch.present)
-    gradients = gradients_of([objective.weight * loss], [*z.values(), *parameters])
+    gradients = gradients_of([objective.weight_at(batch.step) * loss], [*z.values(), *parameters])
     for modality, gradient in zip(z, gradients, strict=False):
         if gradient is not None:
             into.anchors[modality] += batch.mine(gradient)
@@ -390,7 +391,7 @@ def _finalize(
     with torch.enable_grad():
         loss = objective.finalize(leaves, batch.present)
     inputs = [*leaves.sums.values(), *leaves.logsumexps.values()]
-    found = gradients_of([objective.weight * loss], [*inputs, *parameters])
+    found = gradients_of([objective.weight_at(batch.step) * loss], [*inputs, *parameters])
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=False)]
     cotangents = Totals(
         dict(zip(leaves.sums, filled, strict=False)),

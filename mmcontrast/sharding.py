@@ -158,7 +158,7 @@ def value_and_grad(
     dtype = next(iter(z.values())).dtype
     # Under the caller's no_grad every gradient would be 0, without a word.
     with torch.autocast(ids.device.type, enabled=False), torch.enable_grad():
-        batch = _gather(objectives, z, present, ids, groups or {}, world)
+        batch = _gather(objectives, z, present, ids, groups or {}, step, world)
         loss = torch.zeros((), dtype=dtype, device=ids.device)
         terms: dict[str, Tensor] = {}
         observed: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ def value_and_grad(
                 aux = objective.prepare(batch.candidates_of(objective), batch.present, batch.ids, step)
             terms[name], seen = evaluate(objective, batch, aux, settings, into)
             observed |= {f"{name}.{key}": value for key, value in seen.items()}
-            loss = loss + objective.weight * terms[name]
+            loss = loss + objective.weight_at(step) * terms[name]
         gradients = into.reduce()
         with torch.no_grad():
             for objective in objectives.values():
@@ -185,6 +185,7 @@ def _gather(
     present: Mapping[str, Tensor],
     ids: Tensor,
     groups: Mapping[str, Tensor],
+    step: int,
     world: World,
 ) -> GlobalBatch:
     # Sorted: every rank must stack and gather in the same order.
@@ -205,4 +206,5 @@ def _gather(
         present={m: column.bool() for m, column in zip(names, present_columns, strict=True)},
         ids=table[:, 0].contiguous(),
         groups=dict(zip(group_names, group_columns, strict=True)),
+        step=step,
     )

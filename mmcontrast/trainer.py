@@ -38,7 +38,15 @@ from mmcontrast.data.tally import Tally
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.health import Report
 from mmcontrast.objectives.base import Objective
-from mmcontrast.optim import AdamW, Cosine, clip_gradients, set_rate
+from mmcontrast.optim import (
+    AdamW,
+    Optimizer,
+    clip_gradients,
+    load_optimizer_numbers,
+    optimizer_numbers,
+    set_rate,
+)
+from mmcontrast.schedules import Cosine, Schedule
 from mmcontrast.sharding import Result, World, value_and_grad
 
 _FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "block", "keep_bytes")
@@ -86,9 +94,9 @@ class Trainer(Configurable):
         """Anchors whose scores a rank holds at once; bounds the loss's memory and changes no gradient."""
         keep_bytes: int = 256 << 20
         """Scores that fit into this are not computed twice; changes no gradient."""
-        optimizer: AdamW.Config = field(default_factory=AdamW.Config)
+        optimizer: Optimizer.Config = field(default_factory=AdamW.Config)
         """Optimizer."""
-        schedule: Cosine.Config = field(default_factory=Cosine.Config)
+        schedule: Schedule.Config = field(default_factory=Cosine.Config)
         """Learning rate over the steps."""
         clip_norm: float | None = 1.0
         """Largest global norm of the gradient; None does not clip."""
@@ -164,9 +172,9 @@ class Trainer(Configurable):
         )
         trains = any(p.requires_grad for p in self.model.parameters())  # else only the objectives do; DDP refuses that
         self.wrapped: nn.Module = self.accelerator.prepare_model(self.model, evaluation_mode=not trains)
-        optimizer: AdamW = config.optimizer.build()
+        optimizer: Optimizer = config.optimizer.build()
         self.optimizer = optimizer.optimizer(self.model, self.objectives)
-        self.schedule: Cosine = config.schedule.build()
+        self.schedule: Schedule = config.schedule.build()
         self.checkpoints: Checkpoints = config.checkpoint.build(config.out)
         self.names = names_of(("model", self.model), ("objectives", self.objectives))
         self.tally = Tally()
@@ -249,6 +257,7 @@ class Trainer(Configurable):
             keep=Keep(self.config.keep_graphs, self.config.keep_graph_bytes),
             weights=[*self.model.parameters(), *self.model.buffers()],
             seed=(self.config.seed, step),
+            step=step,
             first_row=self.world.rank * len(batch),
             cotangent_scale=self.world.size,  # undoes DDP's averaging of gradients over ranks
             heads=self.model.terms,
@@ -272,6 +281,8 @@ class Trainer(Configurable):
         for name, term in self.terms.items():
             term.clamp()
             values |= {f"{name}.{key}": value for key, value in term.metrics().items()}
+            if term.weight_schedule:
+                values[f"{name}.weight"] = term.weight_at(step)
         values |= result.observed
         if len(result.terms) > 1:
             values |= {f"{name}.loss": value for name, value in result.terms.items()}
@@ -336,7 +347,12 @@ class Trainer(Configurable):
                 "objectives": self.objectives.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer, self.names),
             }
-            self.checkpoints.save(step, tensors, {"stream": self.stream.state(), "tally": tally.state()})
+            state = {
+                "stream": self.stream.state(),
+                "tally": tally.state(),
+                "optimizer": optimizer_numbers(self.optimizer, self.names),
+            }
+            self.checkpoints.save(step, tensors, state)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
@@ -367,6 +383,7 @@ class Trainer(Configurable):
         self.model.load_state_dict(read_tensors(Path(newest), "model"))
         self.objectives.load_state_dict(read_tensors(Path(newest), "objectives"))
         load_optimizer(self.optimizer, self.names, read_tensors(Path(newest), "optimizer"))
+        load_optimizer_numbers(self.optimizer, self.names, state["optimizer"])
         return int(state["step"])
 
     def _claim(self, out: Path) -> None:

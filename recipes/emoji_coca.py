@@ -18,8 +18,9 @@ from mmcontrast.data import Stream
 from mmcontrast.encoders import CascadePool, CoCaText, MultiEncoder, TimmImage
 from mmcontrast.heads import Captioning
 from mmcontrast.objectives import InfoNCE
-from mmcontrast.optim import AdamW, Cosine
+from mmcontrast.optim import AdamW
 from mmcontrast.recipes import image_text
+from mmcontrast.schedules import Cosine
 from mmcontrast.trainer import Trainer
 
 

@@ -229,7 +229,7 @@ def run_reference(case: Case, formulas: Mapping[str, Formula]) -> Outcome:
             encoded = nn.functional.normalize(encoders[m](batch.inputs[m]), dim=-1)
             z[m] = torch.zeros(ROWS, DIM, dtype=torch.float64).index_copy(0, batch.rows[m], encoded)
             z[m].retain_grad()
-        terms = [o.weight * formulas[n](o, z, present, batch, step) for n, o in objectives.items()]
+        terms = [o.weight_at(step) * formulas[n](o, z, present, batch, step) for n, o in objectives.items()]
         loss = torch.stack(terms).sum()
         loss.backward()
         of_embeddings = {m: along_sphere(t.grad, t.detach()) for m, t in z.items() if t.grad is not None}

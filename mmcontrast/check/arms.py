@@ -196,7 +196,7 @@ def reference(
     loss = plain_loss(objectives, z, present, batch.ids, groups=batch.groups, step=step)
     for name, head in model.terms.items():
         total = torch.stack([found[name] for found in outputs if name in found]).sum()
-        loss = loss + head.weight * total / head.count(batch).clamp(min=1)
+        loss = loss + head.weight_at(step) * total / head.count(batch).clamp(min=1)
     if not loss.requires_grad:
         raise ConfigError("no parameter trains: every tower is frozen and no objective learns")
     loss.backward()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.encoders.depth import layers
 from mmcontrast.encoders.lora import Lora, check_adapters
 
 
@@ -74,10 +75,12 @@ class Encoder(nn.Module, Configurable):
         """Prefixes of parameter names that do not train; "all" also stops its dropout."""
         lora: Lora.Config = field(default_factory=Lora.Config)
         """Adapters of low rank, which alone train."""
+        train_top: int | None = None
+        """Layers, from the top, that train (`encoders.depth`); 0 is `freeze` of all, None trains every one."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.frozen = "all" in config.freeze
+        self.frozen = "all" in config.freeze or config.train_top == 0
 
     def transform(self, *, train: bool) -> Transform:
         """How this tower's samples are prepared; with augmentation in training."""
@@ -103,11 +106,11 @@ class Encoder(nn.Module, Configurable):
         return self
 
     def finish(self, config: Config, *, pretrained: bool) -> None:
-        """Last line of a subclass's `__init__`: apply `freeze` and `lora`, refuse batch norm without statistics.
+        """Last line of a subclass's `__init__`: stop what is frozen, adapt, refuse batch norm without statistics.
 
         Raises:
-            ConfigError: an untrained tower with batch norm, a `freeze` prefix that no parameter has, or LoRA where
-                nothing can be adapted.
+            ConfigError: an untrained tower with batch norm, a `freeze` prefix that no parameter has, more layers in
+                `train_top` than there are, or LoRA where nothing can be adapted.
         """
         norms = [name for name, layer in self.named_modules() if isinstance(layer, _BatchNorm)]
         if norms and not pretrained:
@@ -123,14 +126,30 @@ class Encoder(nn.Module, Configurable):
                 raise ConfigError(f"freeze: no parameter starts with {prefix!r}; there are {', '.join(names[:8])} …")
             for parameter in found:
                 parameter.requires_grad_(False)
-        if config.lora.rank and self.frozen:
-            raise ConfigError("freeze 'all' and lora contradict each other: name what stays, or set lora.rank to 0")
+        if config.train_top is not None:
+            self._train_top(config.train_top)
+        if config.lora.rank and (self.frozen or config.train_top is not None):
+            raise ConfigError(
+                "lora freezes a tower itself: leave freeze 'all' and train_top out, or set lora.rank to 0"
+            )
         lora: Lora = config.lora.build()
         training = self.training
         if config.lora.rank:
             lora.adapt(self, self.fresh)
             check_adapters(self.eval(), self.example())
         self.train(training)
+
+    def _train_top(self, count: int) -> None:
+        found = layers(self)
+        if not 0 <= count <= len(found):
+            raise ConfigError(
+                f"train_top is {count}; {type(self).__name__} has {len(found)} layers, the stem among them: "
+                f"use 0 to {len(found)}"
+            )
+        below = {name for names in found[: len(found) - count] for name in names}
+        for name, parameter in self.named_parameters():
+            if name in below:
+                parameter.requires_grad_(False)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

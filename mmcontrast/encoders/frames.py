@@ -7,7 +7,8 @@ padding. Letters: B rows, F frames, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ class FrameConvNet(nn.Module):
             nn.ModuleList(_Block(width) for _ in range(count)) for width, count in zip(widths, blocks, strict=True)
         )
         self.norm = nn.LayerNorm(widths[-1])
+
+    def group_matcher(self, *, coarse: bool) -> Callable[[str], tuple[int, int]]:
+        """Parameter -> its place in the order of layers, by timm's convention (`encoders.depth`)."""
+        counts = [len(cast(nn.ModuleList, stage)) for stage in self.stages]
+
+        def place(name: str) -> tuple[int, int]:
+            part, *rest = name.split(".")
+            if part == "norm":
+                return len(counts) - 1, counts[-1] - 1
+            return int(rest[0]), -1 if part == "down" else int(rest[1])
+
+        return place
 
     def forward(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, F, inputs] that is zero where masked, [B, F] -> [B, F / 2^stages, W], zero where masked; its mask."""

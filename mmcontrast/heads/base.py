@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmcontrast.batch import Batch
 from mmcontrast.config import Configurable
+from mmcontrast.schedules import Points, check_points, interpolate
 
 
 class Tower(Protocol):
@@ -42,13 +43,20 @@ class Head(nn.Module, Configurable):
 
         weight: float = 1.0
         """Factor of this term in the loss."""
+        weight_schedule: Points = ()
+        """(optimizer step, factor) …: the weight is multiplied by the factor, linear in between; () is 1 throughout."""
 
     modalities: Sequence[str]
     """Whose inputs and tokens it reads; rows that lack one of them contribute nothing and are not counted."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.weight = config.weight
+        check_points(config.weight_schedule)
+        self.weight, self.weight_schedule = config.weight, config.weight_schedule
+
+    def weight_at(self, step: int) -> float:
+        """Factor of this term in the loss of a step."""
+        return self.weight * interpolate(self.weight_schedule, step)
 
     def count(self, batch: Batch) -> Tensor:
         """How many terms the sum over a batch has, scalar; read off the inputs, before any forward."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmcontrast.batch import Embeddings
 from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.schedules import Points, check_points, interpolate
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Objective(nn.Module, Configurable):
 
         weight: float = 1.0
         """Factor of this term in the loss."""
+        weight_schedule: Points = ()
+        """(optimizer step, factor) …: the weight is multiplied by the factor, linear in between; () is 1 throughout."""
         start_step: int = 0
         """Optimizer step from which on this term counts."""
 
@@ -82,7 +85,12 @@ class Objective(nn.Module, Configurable):
         super().__init__()
         if config.start_step < 0:
             raise ConfigError(f"start_step is {config.start_step}; it must be 0 or more")
-        self.weight, self.start_step = config.weight, config.start_step
+        check_points(config.weight_schedule)
+        self.weight, self.weight_schedule, self.start_step = config.weight, config.weight_schedule, config.start_step
+
+    def weight_at(self, step: int) -> float:
+        """Factor of this term in the loss of a step."""
+        return self.weight * interpolate(self.weight_schedule, step)
 
     def prepare(self, z: Embeddings, present: Mapping[str, Tensor], ids: Tensor, step: int) -> Mapping[str, Tensor]:
         """Once per step, without gradient, on the whole batch, with the same result on every rank.
@@ -154,5 +162,5 @@ def plain_loss(
             aux = objective.prepare(seen, present, ids, step)
         anchors = {m: z[m] for m in objective.modalities}
         totals = objective.partial(Block(anchors, seen, present, rows, ids, groups or {}, aux))
-        loss = loss + objective.weight * objective.finalize(totals, present)
+        loss = loss + objective.weight_at(step) * objective.finalize(totals, present)
     return loss
