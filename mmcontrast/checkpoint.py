@@ -4,6 +4,7 @@
     RUN/assets/MODALITY/        what a tower needs beside its weights (a tokenizer, say)
     RUN/metrics.jsonl           one JSON object per line
     RUN/step-000200/            model, objectives and optimizer as safetensors, state.json, manifest.json
+    RUN/best.json               which step measured best, if the run was asked to keep it
 
 A checkpoint is written under a temporary name, its files are hashed and synced, and then it is renamed; older ones
 are removed only after that. Loading takes the newest whose hashes agree and sets damaged ones aside. Everything is
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,56 +30,94 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.config import ConfigError, Configurable, from_dict
+from mmcontrast.config import ConfigError, Configurable, from_dict, suggest
 from mmcontrast.encoders.multi import MultiEncoder
 
 _NAME = re.compile(r"step-(\d+)")
 
 
 class Checkpoints(Configurable):
-    """Saves and finds the checkpoints of a run."""
+    """Saves and finds the checkpoints of a run. One process uses it."""
 
     @dataclass(kw_only=True)
     class Config(Configurable.Config):
-        """When to save, and how many to keep."""
+        """When to save, and what to keep."""
 
         every: int | None = None
-        """Steps between checkpoints; None saves at the end only."""
+        """Steps between checkpoints. One is written at the end, at SIGTERM and at SIGUSR1 in any case."""
+        minutes: float | None = None
+        """Minutes between checkpoints, by rank 0's clock."""
         keep: int = 2
         """Newest checkpoints that stay."""
+        best: str | None = None
+        """A measure, such as eval/test/acc1, whose best checkpoint stays too, and is found as RUN/best."""
+        lowest: bool = False
+        """The best is the lowest, as of a rank or a loss."""
+        background: bool = True
+        """Write while the run goes on, from a copy in memory; otherwise the run waits."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         if config.every is not None and config.every < 1:
             raise ConfigError(f"checkpoint.every is {config.every}; it must be at least 1, or None")
+        if config.minutes is not None and not 0 < config.minutes < math.inf:
+            raise ConfigError(f"checkpoint.minutes is {config.minutes}; it must be above 0, or None")
         if config.keep < 1:
             raise ConfigError(f"checkpoint.keep is {config.keep}; at least 1 must stay")
         self.config, self.folder = config, folder
+        self._saved_at = time.monotonic()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write `step-N/`: a safetensors file per entry of `tensors`, and `state` as JSON. One process calls it.
+    def overdue(self) -> bool:
+        """Whether the last save is as many minutes ago as was asked for."""
+        minutes = self.config.minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
-        A step is saved once: what stands is never replaced.
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write `step-N/`: a safetensors file per entry of `tensors`, and `state` as JSON.
+
+        What is given may change when this returns; that it stands on the disk is known after `finish`. A step is saved
+        once: what stands is never replaced.
+
+        Raises:
+            OSError: as `finish`, of the save before.
+        """
+        self.finish()
+        if self._path(step).exists():
+            raise FileExistsError(f"{self._path(step)} is there already")
+        # Own memory for each tensor: the run goes on, and safetensors refuses views that share storage.
+        copies = {
+            name: {k: t.detach().to("cpu", copy=True).contiguous() for k, t in content.items()}
+            for name, content in tensors.items()
+        }
+        words = json.dumps({"step": step, **state}, indent=2) + "\n"
+        self._saved_at = time.monotonic()
+        self._pending = self._pool.submit(self._write, step, copies, words)
+        if not self.config.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was saved stands.
 
         Raises:
             OSError: the disk is full or cannot be written; older checkpoints are untouched.
         """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        final = self.folder / f"step-{step:06d}"
+        final = self._path(step)
         temporary = final.with_name(final.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        if final.exists():
-            raise FileExistsError(f"{final} is there already")
         temporary.mkdir(parents=True)
         try:
             for name, content in tensors.items():
-                # Own memory for each tensor: safetensors refuses views that share storage.
-                save_file(
-                    {k: t.detach().cpu().clone().contiguous() for k, t in content.items()},
-                    temporary / f"{name}.safetensors",
-                )
-            (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+                save_file(dict(content), temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(state)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
             for path in [*temporary.iterdir(), temporary]:
@@ -87,9 +129,41 @@ class Checkpoints(Configurable):
             raise
         temporary.rename(final)
         sync(self.folder)
-        for _, old in list_checkpoints(self.folder)[: -self.config.keep]:
-            shutil.rmtree(old)
-        return final
+        best = read_best(self.folder)
+        for number, old in list_checkpoints(self.folder)[: -self.config.keep]:
+            if best is None or number != best["step"]:
+                shutil.rmtree(old)
+
+    def improves(self, values: Mapping[str, Any]) -> bool:
+        """Whether what was measured is the best so far.
+
+        Raises:
+            ConfigError: the measure that decides is not among the values.
+        """
+        name = self.config.best
+        if name is None or not values:
+            return False
+        if name not in values:
+            raise ConfigError(f"checkpoint.best is {name!r}, which nothing measures{suggest(name, values)}")
+        value, best = values[name], read_best(self.folder)
+        if value is None or not math.isfinite(value):
+            return False
+        if best is None or best.get("measure") != name:
+            return True
+        return value < best["value"] if self.config.lowest else value > best["value"]
+
+    def mark_best(self, step: int, values: Mapping[str, Any]) -> None:
+        """Note that this step's checkpoint is the best; call `save` of the step before."""
+        self.finish()  # or else RUN/best could name what a crash has left unwritten
+        assert self.config.best is not None
+        note = {"step": step, "measure": self.config.best, "value": values[self.config.best]}
+        temporary = self.folder / "best.json.tmp"
+        temporary.write_text(json.dumps(note) + "\n")
+        sync(temporary)
+        temporary.replace(self.folder / "best.json")
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint; damaged ones are renamed to `.corrupt` on the way. One process calls it."""
@@ -108,6 +182,15 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all finished checkpoints, oldest first."""
     found = [(m, p) for p in folder.glob("step-*") if p.is_dir() and (m := _NAME.fullmatch(p.name))]
     return sorted((int(m[1]), p) for m, p in found)
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """Step, measure and value of a run's best checkpoint; None where none is noted."""
+    try:
+        found = json.loads((folder / "best.json").read_text("utf-8"))
+        return found if isinstance(found, dict) and isinstance(found["step"], int) else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def damage(path: Path) -> str | None:
@@ -161,12 +244,14 @@ def load_optimizer(
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A run folder's newest whole checkpoint, or the checkpoint that is named itself; nothing is changed on disk.
+    """A run folder's newest whole checkpoint, its best as RUN/best, or one that is named; nothing is changed on disk.
 
     Raises:
         ConfigError: there is none.
     """
     folder = Path(path)
+    if folder.name == "best" and (best := read_best(folder.parent)) is not None:
+        folder = folder.parent / f"step-{best['step']:06d}"
     if not folder.is_dir():
         raise ConfigError(f"there is no run folder {str(path)!r}")
     if _NAME.fullmatch(folder.name):
@@ -211,7 +296,7 @@ def load(path: str | Path, *, trust: Collection[str] = ()) -> MultiEncoder:
     """The model of a run, in evaluation mode; `model.encode(modality, values)` embeds.
 
     Args:
-        path: a run folder (its newest whole checkpoint is taken) or one of its `step-N` folders.
+        path: a run folder (its newest whole checkpoint is taken), its best as RUN/best, or one of its `step-N` folders.
         trust: modules beside mmcontrast whose classes the run's config may name; they are imported.
 
     Raises:

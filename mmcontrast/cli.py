@@ -15,6 +15,7 @@ from mmcontrast.arguments import take_trust, write_json
 from mmcontrast.check.cli import check_grads, check_shards, grads_usage, shards_usage
 from mmcontrast.config import ConfigError, RunError
 from mmcontrast.data_prep.cli import prep, prep_usage
+from mmcontrast.interrupts import Interrupted
 
 Positional = tyro.conf.Positional
 
@@ -326,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error))
     except BrokenPipeError:
         os._exit(141)  # the reader of our output went away: nothing is wrong, and nothing can be said
+    except Interrupted as error:
+        fail(str(error), Interrupted.code)
     except (RunError, FloatingPointError, OSError) as error:  # a dead worker, a run that diverged, a full disk
         fail(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -89,7 +90,9 @@ class Report:
             return
         if self.main:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                # A step that was left out has a loss that JSON cannot hold.
+                known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+                file.write(json.dumps({"step": step, **known}) + "\n")
         if self.track is not None:
             self.track({k: v for k, v in values.items() if v is not None}, step=step)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,19 @@ from mmcontrast.batch import Batch, MicroBatch
 from mmcontrast.cached import Keep, batch_coupled_layers, forward_backward
 from mmcontrast.checkpoint import (
     Checkpoints,
-    list_checkpoints,
     load_optimizer,
     names_of,
     optimizer_tensors,
-    read_config,
     read_state,
     read_tensors,
-    sync,
 )
 from mmcontrast.config import ConfigError, Configurable, suggest, to_dict
 from mmcontrast.data.stream import Batches
 from mmcontrast.data.tally import Tally
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.health import Report
+from mmcontrast.interrupts import Interrupted, Interrupts
+from mmcontrast.not_finite import describe, write
 from mmcontrast.objectives.base import Objective
 from mmcontrast.optim import (
     AdamW,
@@ -46,13 +45,17 @@ from mmcontrast.optim import (
     optimizer_numbers,
     set_rate,
 )
+from mmcontrast.run_folder import Content, RunFolder
 from mmcontrast.schedules import Cosine, Schedule
 from mmcontrast.sharding import Result, World, value_and_grad
 
-_FREE = ("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "block", "keep_bytes")
-_FREE += ("micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes")
-# Which data they are, the fingerprint says.
-_FREE_DATA = ("shards", "workers", "threads", "timeout", "max_bad_fraction")
+
+class Agreed(NamedTuple):
+    """What all ranks know after a step, if one of them has found it or was asked for it."""
+
+    not_finite: bool = False
+    save: bool = False
+    stop: bool = False
 
 
 class Evaluator(Protocol):
@@ -102,6 +105,10 @@ class Trainer(Configurable):
         """Largest global norm of the gradient; None does not clip."""
         precision: Literal["fp32", "bf16"] = "fp32"
         """Arithmetic of the towers; objectives always run in float32."""
+        not_finite: Literal["raise", "skip"] = "raise"
+        """What to do where loss or gradient are not finite: end the run, or leave the step out."""
+        max_not_finite: int = 10
+        """Steps of a run that may be left out."""
         seed: int = 0
         """Of weights, order, augmentation and dropout."""
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
@@ -175,9 +182,12 @@ class Trainer(Configurable):
         optimizer: Optimizer = config.optimizer.build()
         self.optimizer = optimizer.optimizer(self.model, self.objectives)
         self.schedule: Schedule = config.schedule.build()
-        self.checkpoints: Checkpoints = config.checkpoint.build(config.out)
+        self.folder = RunFolder(config.out, config.checkpoint, self.world)
         self.names = names_of(("model", self.model), ("objectives", self.objectives))
         self.tally = Tally()
+        self.interrupts, self.agreed = Interrupts(), Agreed()
+        self.skipped_steps = 0
+        self._embedded: Mapping[str, Tensor] = {}
 
     def _check_micro_batches(self) -> None:
         """Raise where a tower is asked for that is not there, or one head would read two sizes."""
@@ -209,6 +219,7 @@ class Trainer(Configurable):
         Raises:
             ConfigError: the run folder belongs to other settings or data, or too many samples are damaged.
             FloatingPointError: the loss or a gradient is not finite; the weights are as before that step.
+            Interrupted: SIGTERM came; the run has saved.
         """
         first = self._resume()
         steps = self.config.steps
@@ -231,14 +242,27 @@ class Trainer(Configurable):
             track=self.accelerator.log if self.config.trackers else None,
         )
         batches = report.timed(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"))
-        for step, batch in zip(range(first, steps), batches, strict=True):
-            values = self.step(step, batch.to(self.device))
-            self.tally.add(batch)
-            report.after(step, values)
-            if self._due(self.config.checkpoint.every, step):
-                self._save(step + 1)  # first: an evaluation that fails must not cost what was trained
-            if self._due(self.config.eval_every, step):
-                report.write(step + 1, self._evaluate())
+        try:
+            with self.interrupts:
+                for step, batch in zip(range(first, steps), batches, strict=True):
+                    values = self.step(step, batch.to(self.device))
+                    self.tally.add(batch)
+                    report.after(step, values)
+                    # Before an evaluation, that may fail, and must not cost what was trained.
+                    saved = self._due(self.config.checkpoint.every, step) or self.agreed.save or self.agreed.stop
+                    if saved:
+                        self._save(step + 1)
+                    if self.agreed.stop and step + 1 < steps:
+                        raise Interrupted(f"{self.config.out}: saved at step {step + 1}; start again to go on")
+                    if self._due(self.config.eval_every, step):
+                        found = self._evaluate()
+                        report.write(step + 1, found)
+                        if self.folder.improved(found):
+                            if not saved:
+                                self._save(step + 1)
+                            self.folder.mark_best(step + 1, found)
+        finally:
+            self.folder.finish()
         report.close()
         if self.config.trackers:
             self.accelerator.end_training()
@@ -247,6 +271,7 @@ class Trainer(Configurable):
     def step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step on this rank's batch."""
         self.model.train()
+        state = [buffer.clone() for buffer in self.objectives.buffers()]
         with self.accelerator.autocast():
             pooled = self.model.pool_frozen(batch, self.micro_batches)
         result = forward_backward(
@@ -267,12 +292,10 @@ class Trainer(Configurable):
             sync=self._synced(True),
         )
         norm = clip_gradients(self.names, self.config.clip_norm)
-        # The norm is of gradients that are equal on all ranks, so all of them stop or none does.
-        if not math.isfinite(float(norm)) or not math.isfinite(float(result.loss)):
-            raise FloatingPointError(
-                f"step {step}: loss {float(result.loss)}, gradient norm {float(norm)}; the weights are as before it. "
-                f"First samples of the batch on rank {self.world.rank}: {', '.join(batch.keys[:4])}"
-            )
+        finite = math.isfinite(float(norm)) and math.isfinite(float(result.loss))
+        self.agreed = self._agree(not finite)
+        if self.agreed.not_finite:
+            return self._leave_out(step, batch, result, norm, state)
         rate = self.config.optimizer.lr * self.schedule.factor(step, self.config.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
@@ -288,6 +311,35 @@ class Trainer(Configurable):
             values |= {f"{name}.loss": value for name, value in result.terms.items()}
         return values
 
+    def _agree(self, not_finite: bool) -> Agreed:
+        """What any rank has found, or was asked for; the same on all of them, at the same step."""
+        overdue = self.is_main and self.folder.checkpoints.overdue()
+        flags = torch.tensor([not_finite, self.interrupts.save or overdue, self.interrupts.stop], device=self.device)
+        self.interrupts.save = False
+        return Agreed(*(bool(flag) for flag in self.world.max([flags.float()])[0].tolist()))
+
+    def _leave_out(
+        self, step: int, batch: Batch, result: Result, norm: Tensor, state: list[Tensor]
+    ) -> dict[str, Tensor | float]:
+        """Undo a step whose loss or gradient is not finite, on every rank, and raise if that is asked for."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.objectives.buffers(), state, strict=True):
+            buffer.copy_(before)
+        ranks = self.world.gather_objects(describe(batch, self._embedded, self.world.rank))
+        text = write(self.config.out, step, result.loss, norm, ranks) if self.is_main else None
+        text = self.world.gather_objects(text)[0]
+        self.skipped_steps += 1
+        if self.config.not_finite == "raise":
+            raise FloatingPointError(f"{text}. Lower the rate, clip, or leave such steps out: not_finite skip")
+        if self.skipped_steps > self.config.max_not_finite:
+            raise FloatingPointError(
+                f"{text}. It is the step {self.skipped_steps} of this kind; max_not_finite allows "
+                f"{self.config.max_not_finite} to be left out"
+            )
+        if self.is_main:
+            print(f"{text}; left out", file=sys.stderr)
+        return {"loss": result.loss, "grad_norm": norm, "skipped_steps": float(self.skipped_steps)}
+
     def _encode(self, piece: MicroBatch) -> Mapping[str, Tensor]:
         return self.wrapped(piece.inputs, towers=piece.towers)
 
@@ -295,6 +347,7 @@ class Trainer(Configurable):
         return self.wrapped(piece.inputs, piece.rows, towers=piece.towers)
 
     def _loss(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int) -> Result:
+        self._embedded = z
         return value_and_grad(
             self.terms,
             z,
@@ -321,57 +374,42 @@ class Trainer(Configurable):
 
     def _evaluate(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        problem: str | None = None
+        problem: Exception | None = None
         if self.is_main:
             try:
                 for name, evaluator in self.evaluators.items():
                     found |= {f"eval/{name}/{key}": value for key, value in evaluator.run(self.model).items()}
             except ConfigError as error:
-                problem = str(error)
-        self._stop_together(problem)
+                problem = error
+        self.folder.raise_together(problem)
         return found
-
-    def _stop_together(self, problem: str | None) -> None:
-        """Raise rank 0's problem on every rank: one that went on alone would wait for the others in vain."""
-        problem = self.world.gather_objects(problem)[0]
-        if problem:
-            raise ConfigError(problem)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, step: int) -> None:
         tally = self.tallied()
-        if self.is_main:
+
+        def content() -> Content:
             tensors = {
                 "model": self.model.state_dict(),
                 "objectives": self.objectives.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer, self.names),
             }
-            state = {
+            return tensors, {
                 "stream": self.stream.state(),
                 "tally": tally.state(),
                 "optimizer": optimizer_numbers(self.optimizer, self.names),
+                "skipped_steps": self.skipped_steps,
             }
-            self.checkpoints.save(step, tensors, state)
-        self.accelerator.wait_for_everyone()
+
+        self.folder.save(step, content)
 
     def _resume(self) -> int:
         """Prepare or check the run folder, load the newest checkpoint, and return the step to go on with."""
-        out = self.config.out
-        newest: str | None = None
-        problem: str | None = None
-        if self.is_main:
-            try:
-                self._claim(out)
-                found = self.checkpoints.newest()
-                newest = str(found) if found else None
-            except (ConfigError, OSError) as error:
-                problem = str(error)
-        self._stop_together(problem)
-        newest = self.world.gather_objects(newest)[0]
+        newest = self.folder.open(to_dict(self.config), self.model.save_assets)
         if newest is None:
             return 0
-        state = read_state(Path(newest))
+        state = read_state(newest)
         for name, value in self.stream.state().items():
             if state["stream"].get(name) != value:
                 raise ConfigError(
@@ -380,30 +418,12 @@ class Trainer(Configurable):
                 )
         if self.is_main:  # for all: counts are summed over ranks
             self.tally.load(state["tally"])
-        self.model.load_state_dict(read_tensors(Path(newest), "model"))
-        self.objectives.load_state_dict(read_tensors(Path(newest), "objectives"))
-        load_optimizer(self.optimizer, self.names, read_tensors(Path(newest), "optimizer"))
+        self.model.load_state_dict(read_tensors(newest, "model"))
+        self.objectives.load_state_dict(read_tensors(newest, "objectives"))
+        load_optimizer(self.optimizer, self.names, read_tensors(newest, "optimizer"))
         load_optimizer_numbers(self.optimizer, self.names, state["optimizer"])
+        self.skipped_steps = int(state["skipped_steps"])
         return int(state["step"])
-
-    def _claim(self, out: Path) -> None:
-        """Write config.json and the towers' assets, or check that the run in the folder has these settings."""
-        config = to_dict(self.config)
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out} is a file; name a folder with --out")
-        if (out / "config.json").exists() and list_checkpoints(out):
-            changed = _differences(read_config(out), config)
-            if changed:
-                raise ConfigError(
-                    f"{out} holds a run with other settings: {'; '.join(changed[:3])}. Use those, or another --out"
-                )
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        self.model.save_assets(out / "assets")
-        temporary = out / "config.json.tmp"
-        temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        sync(temporary)
-        temporary.replace(out / "config.json")
 
     # -------------------------------------------------------------------------------------------- data
 
@@ -448,16 +468,3 @@ def _check(config: Trainer.Config) -> None:
                 raise ConfigError(f"the tracker {tracker!r} is not installed or not known{suggest(tracker, known)}")
     if not config.objectives:
         raise ConfigError("the recipe has no objectives: there is nothing to train on")
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """`field: old -> new` of every setting that differs, without those that change no result."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        before, after = cast(dict[str, Any], old), cast(dict[str, Any], new)
-        free = _FREE_DATA if where.partition(".")[0] == "data" else () if where else _FREE
-        found: list[str] = []
-        for name in sorted(before.keys() | after.keys()):
-            if name not in free:
-                found += _differences(before.get(name), after.get(name), f"{where}.{name}".lstrip("."))
-        return found
-    return [] if old == new else [f"{where}: {old!r} there, {new!r} now"]

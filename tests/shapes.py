@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mmcontrast.checkpoint import Checkpoints
+from mmcontrast.config import Configurable
 from mmcontrast.data import Stream
 from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
 from mmcontrast.objectives import InfoNCE
@@ -54,23 +59,52 @@ def write_shapes(folder: Path, *, per_shard: int = 7, missing: bool = False) -> 
     return folder
 
 
-class NaNAtStepTwo(Objective):
-    """Breaks at the third step, as a diverging run does."""
+class Trouble(Objective):
+    """At one step, and on one rank or on all, a loss that is not finite, or a signal that comes from outside."""
 
     @dataclass(kw_only=True)
     class Config(Objective.Config):
-        pass
+        what: Literal["nan", "SIGTERM", "SIGUSR1"] = "nan"
+        step: int = 2
+        rank: int | None = None
 
     modalities = candidates = ("image",)
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config = config
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
     def prepare(self, z: object, present: object, ids: Tensor, step: int) -> dict[str, Tensor]:
-        return {"factor": torch.tensor(float("nan") if step == 2 else 0.0)}
+        here = dist.get_rank() if dist.is_initialized() else 0
+        now = step == self.config.step and self.config.rank in (None, here)
+        if now and self.config.what != "nan":
+            os.kill(os.getpid(), getattr(signal, self.config.what))
+        return {"factor": torch.tensor(float("nan") if now and self.config.what == "nan" else 0.0)}
 
     def partial(self, block: Block) -> Totals:
         return Totals({"loss": (block.anchors["image"] * block.aux["factor"]).sum()})
 
     def finalize(self, totals: Totals, present: object) -> Tensor:
         return totals.sums["loss"]
+
+    def update(self, z: object, ids: Tensor) -> None:
+        self.seen += 1
+
+
+class Scripted(Configurable):
+    """An evaluator that says what it was told to say, one value after the other."""
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        values: tuple[float, ...] = ()
+
+    def __init__(self, config: Config) -> None:
+        self.left = list(config.values)
+
+    def run(self, model: object) -> dict[str, float]:
+        return {"score": self.left.pop(0)}
 
 
 def recipe() -> Trainer.Config:

@@ -35,8 +35,12 @@ MAY = {
     "optim": {"config", "encoders"},
     "health": {"batch"},
     "checkpoint": {"config", "batch", "shards", "encoders"},
+    "interrupts": {"config"},
+    "not_finite": {"batch"},
+    "run_folder": {"config", "checkpoint", "sharding"},
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
+    | {"interrupts", "not_finite", "run_folder"}
     | {"schedules"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),

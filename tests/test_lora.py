@@ -210,7 +210,7 @@ def test_what_is_new_in_a_tower_trains_as_a_whole() -> None:
         ({"lora": Lora.Config(rank=-1)}, "rank -1 must not be below 0"),
         ({"lora": Lora.Config(rank=1, alpha=0.0)}, "alpha 0.0 above 0"),
         ({"lora": Lora.Config(rank=1, dropout=1.0)}, "dropout 1.0 in 0..1"),
-        ({"lora": Lora.Config(rank=1), "freeze": ("all",)}, "freeze 'all' and lora contradict"),
+        ({"lora": Lora.Config(rank=1), "freeze": ("all",)}, "lora freezes a tower itself"),
         ({"lora": Lora.Config(rank=1, targets=("query",))}, "no layer is called 'query'; there are .*q_proj"),
         ({"lora": Lora.Config(rank=1), "freeze": ("tower",)}, "no layer that could be adapted"),
     ],

@@ -94,5 +94,5 @@ def write_run(folder: Path, config: MultiEncoder.Config | None = None, *, seed: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model": to_dict(config)}), "utf-8")
     model.save_assets(folder / "assets")
-    Checkpoints.Config().build(folder).save(step, {"model": model.state_dict()}, {})
+    Checkpoints.Config(background=False).build(folder).save(step, {"model": model.state_dict()}, {})
     return folder

@@ -166,7 +166,6 @@ def reference(
     model: MultiEncoder,
     objectives: Mapping[str, Objective],
     batch: Batch,
-    *,
     sizes: Mapping[str, int],
     seed: int,
     step: int,

@@ -1,0 +1,136 @@
+"""The run folder as all ranks use it: rank 0 reads and writes, and every rank hears what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from mmcontrast.checkpoint import Checkpoints, list_checkpoints, read_config, sync
+from mmcontrast.config import ConfigError
+from mmcontrast.sharding import World
+
+T = TypeVar("T")
+
+Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]
+"""Tensors by file, and what is written beside them as JSON."""
+
+FREE = (
+    *("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "not_finite", "max_not_finite"),
+    *("block", "keep_bytes", "micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes"),
+)
+"""Settings that may be others when a run goes on."""
+# Which data they are, the fingerprint says.
+FREE_DATA = ("shards", "workers", "threads", "timeout", "max_bad_fraction")
+
+
+class RunFolder:
+    """A run's folder. Every method but `finish` is called on every rank, at the same step."""
+
+    def __init__(self, path: Path, checkpoint: Checkpoints.Config, world: World) -> None:
+        self.path, self.world = path, world
+        self.checkpoints: Checkpoints = checkpoint.build(path)
+
+    def open(self, config: Mapping[str, Any], save_assets: Callable[[Path], None]) -> Path | None:
+        """Write `config.json` and the towers' assets, or check that the run in the folder has these settings.
+
+        Returns:
+            The newest whole checkpoint, or None.
+
+        Raises:
+            ConfigError: the folder holds another run.
+            OSError: it cannot be written.
+        """
+
+        def work() -> Path | None:
+            self._claim(config, save_assets)
+            return self.checkpoints.newest()
+
+        return self._first(work)
+
+    def save(self, step: int, content: Callable[[], Content]) -> None:
+        """Begin to write a checkpoint; `content` is asked on rank 0 alone.
+
+        Raises:
+            OSError: the checkpoint before it could not be written, or this one, if it is not written in the background.
+        """
+        self._first(lambda: self.checkpoints.save(step, *content()))
+
+    def improved(self, values: Mapping[str, Any]) -> bool:
+        """Whether rank 0 has measured better than ever, by the measure that decides.
+
+        Raises:
+            ConfigError: nothing measures it.
+        """
+        return self._first(lambda: self.checkpoints.improves(values))
+
+    def mark_best(self, step: int, values: Mapping[str, Any]) -> None:
+        """Note that a step that was saved is the best.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._first(lambda: self.checkpoints.mark_best(step, values))
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint stands; asks no other rank, since an error may be on its way there.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.world.rank == 0:
+            self.checkpoints.finish()
+
+    def raise_together(self, problem: Exception | None) -> None:
+        """Raise rank 0's problem on every rank: one that went on alone would wait for the others in vain."""
+        problem = self.world.gather_objects(problem)[0]
+        if problem is not None:
+            raise problem
+
+    def _first(self, work: Callable[[], T]) -> T:
+        """What rank 0's work returns, or raises, on every rank."""
+        found: T | None = None
+        problem: Exception | None = None
+        if self.world.rank == 0:
+            try:
+                found = work()
+            except (ConfigError, OSError) as error:
+                problem = error
+        found, problem = self.world.gather_objects((found, problem))[0]
+        if problem is not None:
+            raise problem
+        return cast(T, found)
+
+    def _claim(self, config: Mapping[str, Any], save_assets: Callable[[Path], None]) -> None:
+        out = self.path
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out} is a file; name a folder with --out")
+        if (out / "config.json").exists() and list_checkpoints(out):
+            changed = differences(read_config(out), config)
+            if changed:
+                raise ConfigError(
+                    f"{out} holds a run with other settings: {'; '.join(changed[:3])}. Use those, or another --out"
+                )
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        save_assets(out / "assets")
+        temporary = out / "config.json.tmp"
+        temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        sync(temporary)
+        temporary.replace(out / "config.json")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """`field: old -> new` of every setting that differs, without those that change no result."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        before, after = cast(dict[str, Any], old), cast(dict[str, Any], new)
+        free = FREE_DATA if where.partition(".")[0] == "data" else () if where else FREE
+        found: list[str] = []
+        for name in sorted(before.keys() | after.keys()):
+            if name not in free:
+                found += differences(before.get(name), after.get(name), f"{where}.{name}".lstrip("."))
+        return found
+    return [] if old == new else [f"{where}: {old!r} there, {new!r} now"]
