@@ -26,6 +26,7 @@ SOURCES = {
     ),
     "watch": ("Watch", "Shoulder exercises, recorded by a smartwatch, and their names (the extra [watch])."),
     "ecg": ("SimulatedECG", "Electrocardiograms of a simulator, with their reports: for trying things out."),
+    "ptbxl": ("PTBXL", "PTB-XL: electrocardiograms with SCP statements and reports (the extra [ecg])."),
     "folder": ("Folder", "A folder of pictures, each with a text file beside it or in a folder named after its class."),
     "table": ("Table", "A CSV, TSV, JSON-lines or Parquet table of picture files and captions."),
 }

@@ -24,13 +24,13 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
-from mmcontrast.decode import image
+from mmcontrast.decode import audio, image
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import FORMATS, BadSample
 
@@ -117,6 +117,41 @@ class Grouped(Source):
         return "test" if place < self.test else "val" if place - self.test < self.val else "train"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Folded(Source):
+    """A corpus that its authors divided into numbered folds, which keep a patient or a recording together."""
+
+    folds: ClassVar[range]
+
+    val_folds: tuple[int, ...] = ()
+    """Which to validate on."""
+    test_folds: tuple[int, ...] = ()
+    """Which to test on."""
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """What has folds; training has those that are not held out."""
+        held = [*self.val_folds, *self.test_folds]
+        if not set(held) <= set(self.folds) or len(set(held)) < len(held):
+            raise ConfigError(f"folds {held} are held out; name some of {_span(self.folds)}, each once")
+        train = ["train"] if len(held) < len(self.folds) else []
+        return [*train, *(["val"] if self.val_folds else []), *(["test"] if self.test_folds else [])]
+
+    def split_of_fold(self, fold: int) -> str:
+        """The split of a fold.
+
+        Raises:
+            BadSample: there is no such fold.
+        """
+        if fold not in self.folds:
+            raise BadSample(f"its fold is none of {_span(self.folds)}")
+        return "test" if fold in self.test_folds else "val" if fold in self.val_folds else "train"
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers[0]} to {numbers[-1]}"
+
+
 def numbered(rows: Iterable[tuple[str, Any]]) -> list[Row]:
     """Rows from their (where, data), numbered from 0."""
     return [Row(number, where, data) for number, (where, data) in enumerate(rows)]
@@ -146,6 +181,23 @@ def picture_member(path: Path) -> dict[str, bytes]:
     data = path.read_bytes()
     image(data)
     return {extension: data}
+
+
+def sound_member(path: Path) -> tuple[dict[str, bytes], float]:
+    """Extension -> bytes of a recording that can be decoded, and its length in seconds.
+
+    Raises:
+        BadSample: it cannot, or it is of another format.
+        OSError: it cannot be read.
+        ConfigError: the extra [audio] is not installed.
+    """
+    extension = path.suffix.lower()[1:]
+    if extension not in FORMATS["audio"]:
+        raise BadSample(f"not one of {', '.join(FORMATS['audio'])}")
+    data = path.read_bytes()
+    sound = audio(data)
+    sound.read()
+    return {extension: data}, round(sound.frames / sound.rate, 3)
 
 
 def signal_member(values: NDArray[Any]) -> dict[str, bytes]:

@@ -90,6 +90,23 @@ class Table(Grouped):
             raise BadSample(str(error)) from None
 
 
+def whole_table(path: Path, columns: Sequence[str]) -> list[tuple[int, Cells]]:
+    """All rows of a table that belongs to a corpus, with their numbers.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, is empty, or lacks a column.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no table {str(path)!r}")
+    rows = [(number, row) for number, row in read_rows(path) if row is not None]
+    if not rows:
+        raise ConfigError(f"{path} has no rows")
+    for column in columns:
+        if column not in rows[0][1]:
+            raise ConfigError(f"{path} has no column {column!r}{suggest(column, [str(c) for c in rows[0][1]])}")
+    return rows
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, Cells | None]]:
     """Rows with their numbers (lines, in JSON lines); None for one that is no row."""
     kind = path.suffix.lower()
