@@ -27,6 +27,15 @@ SOURCES = {
     "watch": ("Watch", "Shoulder exercises, recorded by a smartwatch, and their names (the extra [watch])."),
     "ecg": ("SimulatedECG", "Electrocardiograms of a simulator, with their reports: for trying things out."),
     "ptbxl": ("PTBXL", "PTB-XL: electrocardiograms with SCP statements and reports (the extra [ecg])."),
+    "esc50": ("ESC50", "ESC-50: environmental sounds of 50 classes in five folds (the extra [audio])."),
+    "audiocaps": ("AudioCaps", "AudioCaps: sounds of YouTube with one caption or five (the extra [audio])."),
+    "clotho": ("Clotho", "Clotho: sounds of Freesound with five captions each (the extra [audio])."),
+    "speech_commands": ("SpeechCommands", "Speech Commands: single words of many speakers (the extra [audio])."),
+    "librispeech": ("LibriSpeech", "LibriSpeech, or speech in its layout, with what is said (the extra [audio])."),
+    "common_voice": (
+        "CommonVoice",
+        "Common Voice: sentences read aloud, one folder per language (the extra [audio]).",
+    ),
     "folder": ("Folder", "A folder of pictures, each with a text file beside it or in a folder named after its class."),
     "table": ("Table", "A CSV, TSV, JSON-lines or Parquet table of picture files and captions."),
 }

@@ -168,6 +168,30 @@ def folder_there(folder: Path) -> Path:
     return folder
 
 
+def first_there(folder: Path, *names: str) -> Path:
+    """The first of several places where a part of a corpus may lie.
+
+    Raises:
+        ConfigError: none of them is there.
+    """
+    for name in names:
+        if (path := folder / name).exists():
+            return path
+    raise ConfigError(f"{folder_there(folder)} has none of {', '.join(names)}; is it the corpus's folder?")
+
+
+def captions_of(texts: Iterable[Any]) -> tuple[str, dict[str, Any]]:
+    """Several captions -> the first one, for `txt`, and metadata with all of them under `captions`.
+
+    Raises:
+        BadSample: there is none.
+    """
+    captions = [caption for text in texts if (caption := " ".join(str(text or "").split()))]
+    if not captions:
+        raise BadSample("no caption")
+    return captions[0], {"captions": captions}
+
+
 def picture_member(path: Path) -> dict[str, bytes]:
     """Extension -> bytes of a picture that can be decoded.
 

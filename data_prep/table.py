@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ class Table(Grouped):
             raise BadSample(str(error)) from None
 
 
-def whole_table(path: Path, columns: Sequence[str]) -> list[tuple[int, Cells]]:
+def whole_table(path: Path, columns: Sequence[str], *, encoding: str = "utf-8-sig") -> list[tuple[int, Cells]]:
     """All rows of a table that belongs to a corpus, with their numbers.
 
     Raises:
@@ -98,7 +99,7 @@ def whole_table(path: Path, columns: Sequence[str]) -> list[tuple[int, Cells]]:
     """
     if not path.is_file():
         raise ConfigError(f"there is no table {str(path)!r}")
-    rows = [(number, row) for number, row in read_rows(path) if row is not None]
+    rows = [(number, row) for number, row in read_rows(path, encoding) if row is not None]
     if not rows:
         raise ConfigError(f"{path} has no rows")
     for column in columns:
@@ -107,9 +108,10 @@ def whole_table(path: Path, columns: Sequence[str]) -> list[tuple[int, Cells]]:
     return rows
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Cells | None]]:
+def read_rows(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[int, Cells | None]]:
     """Rows with their numbers (lines, in JSON lines); None for one that is no row."""
-    kind = path.suffix.lower()
+    zipped = path.suffix.lower() == ".gz"
+    kind = Path(path.stem if zipped else path.name).suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"):
         raise ConfigError(f"{path} is no table that can be read: use .csv, .tsv, .jsonl or .parquet")
     try:
@@ -119,14 +121,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, Cells | None]]:
             batches = pq.ParquetFile(path).iter_batches()
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with (gzip.open if zipped else open)(path, "rt", encoding=encoding, newline="") as file:
             if kind in (".csv", ".tsv"):
                 yield from enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), 1)
             else:
                 yield from ((number, _json_row(line)) for number, line in enumerate(file, 1) if line.strip())
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8; save it as UTF-8") from None
-    except (csv.Error, OSError, ValueError) as error:  # pyarrow's errors are of the latter two
+    except (csv.Error, OSError, EOFError, ValueError) as error:  # pyarrow's errors are of the latter two
         raise ConfigError(f"{path} cannot be read as {kind[1:]}: {error}") from None
 
 

@@ -123,7 +123,8 @@ def test_ptbxl(ptbxl: Path, tmp_path: Path, rate: Any) -> None:
     for number, sample in ((1, first), (2, second), (3, third), (4, last)):
         found = signal(sample.members["npy"], lambda meta=sample.meta: meta)
         name = f"records{rate}/00000/{number:05d}_{'hr' if rate == 500 else 'lr'}"
-        assert np.allclose(found.read().numpy(), wfdb.rdsamp(str(ptbxl / name))[0].T, atol=1e-6)
+        values = wfdb.rdsamp(str(ptbxl / name))[0]
+        assert values is not None and np.allclose(found.read().numpy(), values.T, atol=1e-6)
         assert (found.rate, found.frames, tuple(found.channels)) == (rate, 10 * rate, LEADS)
         assert sample.meta["units"] == "mV" and len(sample.members["npy"]) < 10 * rate * 12 * 2 + 256
 
