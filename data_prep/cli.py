@@ -36,6 +36,9 @@ SOURCES = {
         "CommonVoice",
         "Common Voice: sentences read aloud, one folder per language (the extra [audio]).",
     ),
+    "flickr30k": ("Flickr30k", "Flickr30k: photographs with five captions each, in Karpathy's splits."),
+    "coco": ("COCO", "COCO Captions: photographs with five captions each, in Karpathy's splits or their own."),
+    "imagefolder": ("ImageFolder", "Pictures in SPLIT/CLASS folders, such as ImageNet, with the names of the classes."),
     "folder": ("Folder", "A folder of pictures, each with a text file beside it or in a folder named after its class."),
     "table": ("Table", "A CSV, TSV, JSON-lines or Parquet table of picture files and captions."),
 }
