@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import ConfigError
+from mmcontrast.data_prep.img2dataset import statistics
 from mmcontrast.manifest import MANIFEST, Place, find_shards, read_manifest
 from mmcontrast.remote import Address, is_remote
 from mmcontrast.shard_cache import Cache
@@ -19,8 +20,9 @@ from mmcontrast.shard_writer import clear_shards, describe_shard, write_manifest
 def prepare(shards: Path | str, *, out: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Write `NAME.index.json` for every tar, and `manifest.json`; the tars stay as they are.
 
-    For shards on this machine both are written beside them. Remote ones are read once, through the cache, and
-    described in a folder here, which can then be opened instead of them.
+    For shards on this machine both are written beside them, and the manifest keeps what img2dataset tells of its
+    download. Remote ones are read once, through the cache, and described in a folder here, which can then be opened
+    instead of them.
 
     Args:
         shards: a folder; or the address of one, of a shard, a glob or a range.
@@ -59,7 +61,12 @@ def prepare(shards: Path | str, *, out: Path | None = None, overwrite: bool = Fa
         reasons = [f"; {e['name']}: {key} {reason}" for e in entries for key, reason in e["damage"][:1]]
         raise ConfigError(f"{shards}: the tars hold no samples{''.join(reasons[:3])}")
     root = roots[0].url if isinstance(roots[0], Address) else None
-    write_manifest(folder, entries, {"source": "indexed"}, root=root)
+    about, warnings = statistics(folder, entries)
+    write_manifest(folder, entries, {"source": "indexed"} | about, root=root)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if about:
+        print(f"{folder}: img2dataset got {about['successes']} of {about['count']} pictures", file=sys.stderr)
     print(f"{folder}: {len(entries)} shards, {samples} samples; left out {damaged} damaged", file=sys.stderr)
     for entry in entries:
         for key, reason in entry["damage"][:5]:

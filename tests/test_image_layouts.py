@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from webdataset.writer import TarWriter
 
+from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.coco import COCO
 from mmcontrast.data_prep.flickr30k import Flickr30k
 from mmcontrast.data_prep.imagefolder import ImageFolder
 from mmcontrast.data_prep.prepare import SUMMARY, prepare
+from mmcontrast.shards import open_shards, read_manifest
 from tests.prepared import about, written
 
 
@@ -190,3 +195,59 @@ def test_what_is_no_imagefolder_is_told(imagenet: Path, tmp_path: Path) -> None:
     (tmp_path / "translations.json").write_text('{"tench": "x"}')
     with pytest.raises(ConfigError, match="cannot be read as translations"):
         ImageFolder(folder=imagenet, translations=tmp_path / "translations.json").rows()
+
+
+# -------------------------------------------------------------------------------------------- img2dataset
+
+
+def img2dataset(folder: Path, shard: int, good: int, **failed: int) -> None:
+    """As it writes them: keys of shard and number, the json with what is known of a picture, a parquet, statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [f"{shard:05d}{number:04d}" for number in range(good)]
+    rows = [{"url": f"http://x/{k}", "caption": f"caption {k}", "key": k, "status": "success"} for k in keys]
+    with TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
+        for key, row in zip(keys, rows, strict=True):
+            jpg = write_picture(folder / "picture.jpg", shard)
+            tar.write({"__key__": key, "jpg": jpg, "txt": row["caption"], "json": row})
+    (folder / "picture.jpg").unlink()
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:05d}.parquet")
+    statuses = {"success": good, "HTTP Error 404: Not Found": sum(failed.values())}
+    counts = {"count": good + sum(failed.values()), "successes": good, **failed}
+    times = {"duration": 3.5, "start_time": 1.0, "end_time": 4.5}
+    write_json(folder / f"{shard:05d}_stats.json", {**counts, **times, "status_dict": statuses})
+
+
+def test_img2dataset_s_output_gets_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    img2dataset(tmp_path, 0, 5, failed_to_download=3, failed_to_resize=0)
+    img2dataset(tmp_path, 1, 4, failed_to_download=1, failed_to_resize=0)
+    tars = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    main(["prep", "index", str(tmp_path)])
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and manifest["samples"] == 9
+    assert manifest["about"] == {
+        "source": "img2dataset",
+        "count": 13,
+        "successes": 9,
+        "failed_to_download": 4,
+        "failed_to_resize": 0,
+        "failures": {"HTTP Error 404: Not Found": 4},
+    }
+    assert "got 9 of 13 pictures" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == tars
+    shards = open_shards([str(tmp_path)])
+    assert [shards.read(i, "txt") for i in (0, 8)] == [b"caption 000000000", b"caption 000010003"]
+
+    # A tar that was cut off has no statistics; one that lost samples has other ones.
+    (tmp_path / "00000_stats.json").unlink()
+    write_json(
+        tmp_path / "00001_stats.json", json.loads((tmp_path / "00001_stats.json").read_text()) | {"successes": 7}
+    )
+    main(["prep", "index", str(tmp_path), "--overwrite"])
+    said = capsys.readouterr().err
+    assert "1 tars were not finished: no _stats.json, such as 00000.tar" in said
+    assert "00001.tar has 4 samples, 00001_stats.json says 7" in said
+    (tmp_path / "00001_stats.json").write_text("[]")
+    main(["prep", "index", str(tmp_path), "--overwrite"])
+    assert "00001_stats.json cannot be read" in capsys.readouterr().err
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and manifest["about"] == {"source": "indexed"}
