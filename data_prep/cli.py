@@ -27,6 +27,14 @@ SOURCES = {
     "watch": ("Watch", "Shoulder exercises, recorded by a smartwatch, and their names (the extra [watch])."),
     "ecg": ("SimulatedECG", "Electrocardiograms of a simulator, with their reports: for trying things out."),
     "ptbxl": ("PTBXL", "PTB-XL: electrocardiograms with SCP statements and reports (the extra [ecg])."),
+    "mimic_ecg": (
+        "MIMICECG",
+        "MIMIC-IV-ECG: electrocardiograms with the machine's reports (the extra [ecg]).",
+    ),
+    "mimic_cxr": (
+        "MIMICCXR",
+        "MIMIC-CXR-JPG: chest X-rays, their reports, and the patient's electrocardiogram (the extra [ecg]).",
+    ),
     "esc50": ("ESC50", "ESC-50: environmental sounds of 50 classes in five folds (the extra [audio])."),
     "audiocaps": ("AudioCaps", "AudioCaps: sounds of YouTube with one caption or five (the extra [audio])."),
     "clotho": ("Clotho", "Clotho: sounds of Freesound with five captions each (the extra [audio])."),

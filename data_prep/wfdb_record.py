@@ -37,7 +37,7 @@ def recording(path: Path) -> tuple[dict[str, bytes], Mapping[str, Any]]:
         path: the record without extension.
 
     Raises:
-        BadSample: it cannot be decoded, or values of it are missing.
+        BadSample: it cannot be decoded, values of it are missing, or it never moves.
         OSError: it cannot be read.
     """
     import wfdb
@@ -49,6 +49,8 @@ def recording(path: Path) -> tuple[dict[str, bytes], Mapping[str, Any]]:
         raise
     except Exception as error:  # wfdb raises many kinds on damaged files; none may stop a preparation
         raise BadSample(f"recording cannot be decoded ({type(error).__name__})") from None
+    if physical.size and not np.ptp(physical):
+        raise BadSample("signal is flat")
     gains, units = set(record.adc_gain), set(record.units)
     meta: dict[str, Any] = {
         "rate": record.fs,

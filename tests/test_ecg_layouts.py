@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import wfdb
 from numpy.typing import NDArray
+from PIL import Image
 
 from mmcontrast.config import ConfigError
+from mmcontrast.data_prep.mimic_cxr import MIMICCXR
+from mmcontrast.data_prep.mimic_ecg import MIMICECG
 from mmcontrast.data_prep.prepare import SUMMARY, prepare
 from mmcontrast.data_prep.ptbxl import PTBXL
 from mmcontrast.signals import signal
@@ -176,3 +180,157 @@ def test_what_is_missing_of_ptbxl_is_named(ptbxl: Path, tmp_path: Path) -> None:
     (tmp_path / "ptbxl_database.csv").write_text("ecg_id,patient\n1,2\n")
     with pytest.raises(ConfigError, match="has no column 'patient_id'; did you mean 'patient'"):
         prepare(PTBXL(folder=tmp_path), tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------- MIMIC
+
+MIMIC_LEADS = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
+METADATA = (
+    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
+    "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning"
+)
+FINDINGS = (
+    "Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,Fracture,Lung Lesion,Lung Opacity,"
+    "No Finding,Pleural Effusion,Pleural Other,Pneumonia,Pneumothorax,Support Devices"
+)
+MACHINE = ["Sinus rhythm", "Borderline ECG", ""]
+
+
+@pytest.fixture(scope="module")
+def mimic_ecg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Studies of two patients: at 12:00 and 14:00 of one day and at noon of the next one; 44 has a gap, 45 no words."""
+    folder = tmp_path_factory.mktemp("mimic-iv-ecg")
+    draw = np.random.default_rng(1)
+    records: list[dict[str, Any]] = []
+    said: list[dict[str, Any]] = []
+    for study, subject, time, words in (
+        (41, 10000032, "2180-05-06 12:00:00", MACHINE),
+        (42, 10000032, "2180-05-07 12:00:00", MACHINE),
+        (43, 11000011, "2180-05-06 12:00:00", ["Atrial fibrillation", "with  rapid response.", "Abnormal ECG"]),
+        (44, 10000032, "2180-05-06 14:00:00", MACHINE),
+        (45, 11000011, "2190-01-01 00:00:00", ["Sinus rhythm", "", ""]),
+        (46, 11000011, "2190-01-02 00:00:00", MACHINE),
+    ):
+        path = f"files/p{str(subject)[:4]}/p{subject}/s{study}/{study}"
+        values = draw.integers(-300, 300, (5000, 12))
+        if study == 44:
+            values[0, 0] = -32768
+        write_record(folder / path, values * (study != 46), MIMIC_LEADS, rate=500, gain=200.0)
+        own = {"subject_id": subject, "study_id": study, "ecg_time": time}
+        records.append({**own, "file_name": study, "path": path})
+        said.append({**own, "cart_id": 1, **{f"report_{k}": line for k, line in enumerate(words)}, "rr_interval": 800})
+    write_table(folder / "record_list.csv", "subject_id,study_id,file_name,ecg_time,path", records)
+    lines = ",".join(f"report_{k}" for k in range(18))
+    header = f"subject_id,study_id,cart_id,ecg_time,{lines},bandwidth,filtering,rr_interval"
+    write_table(folder / "machine_measurements.csv", header, said)
+    return folder
+
+
+def test_mimic_ecg(mimic_ecg: Path, tmp_path: Path) -> None:
+    source = MIMICECG(folder=mimic_ecg)
+    prepare(source, tmp_path)
+    samples = {sample.meta["study"]: sample for sample in written(tmp_path)}
+    assert samples.keys() == {"41", "42", "43"}
+    assert samples["41"].text == "Sinus rhythm, Borderline ECG"
+    assert samples["43"].text == "Atrial fibrillation, with rapid response, Abnormal ECG"
+    for study, sample in samples.items():
+        patient = sample.meta["patient"]
+        assert sample.split == source.split_of(f"patient {patient}")
+        values = wfdb.rdsamp(str(mimic_ecg / f"files/p{patient[:4]}/p{patient}/s{study}/{study}"))[0]
+        found = signal(sample.members["npy"], lambda meta=sample.meta: meta)
+        assert values is not None and np.allclose(found.read().numpy(), values.T, atol=1e-6)
+        assert found.channels == MIMIC_LEADS and sample.meta["time"].startswith("2180-05-0")
+    assert json.loads((tmp_path / SUMMARY).read_text())["refused"] == [
+        ["row 4, study 44", "signal has values that are not finite"],
+        ["row 5, study 45", "report has fewer than 4 words"],
+        ["row 6, study 46", "signal is flat"],
+    ]
+
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___-year-old woman
+
+ FINDINGS:
+
+ There is no focal consolidation.  The heart: normal
+ in size.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+
+
+@pytest.fixture
+def mimic_cxr(tmp_path: Path) -> Path:
+    folder = tmp_path / "mimic-cxr-jpg"
+    images: list[dict[str, Any]] = []
+    findings: list[dict[str, Any]] = []
+    for dicom, subject, study, view, time, split, report in (
+        ("aa", 10000032, 51, "PA", "133000.25", "train", REPORT),
+        ("bb", 10000032, 51, "LATERAL", "133000.25", "train", REPORT),
+        ("cc", 11000011, 52, "AP", "93000.5", "validate", " No section.\n\n Lungs  are clear.\n"),
+        ("dd", 12000000, 53, "AP", "93000", "test", "IMPRESSION: Pneumonia."),
+        ("ee", 12000000, 54, "AP", "93000", "", REPORT),
+        ("ff", 12000000, 55, "AP", "93000", "train", None),
+        ("gg", 12000000, 56, "AP", "93000", "train", " \n"),
+    ):
+        place = folder / f"files/p{str(subject)[:2]}/p{subject}"
+        (place / f"s{study}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 24), study).save(place / f"s{study}" / f"{dicom}.jpg")
+        if report is not None:
+            (place / f"s{study}.txt").write_text(report)
+        own = {"dicom_id": dicom, "subject_id": subject, "study_id": study}
+        day = {"ViewPosition": view, "StudyDate": 21800506, "StudyTime": time}
+        images.append({**own, **day, "split": split})
+        findings.append(
+            {"subject_id": subject, "study_id": study, "Edema": "1.0", "Pneumonia": "-1.0", "Fracture": "0.0"}
+        )
+    for name, header, rows in (
+        ("metadata", METADATA, [{k: v for k, v in image.items() if k != "split"} for image in images]),
+        ("split", "dicom_id,study_id,subject_id,split", images),
+        ("chexpert", f"subject_id,study_id,{FINDINGS}", findings),
+    ):
+        plain = tmp_path / f"{name}.csv"
+        known = header.split(",")
+        write_table(plain, header, [{k: v for k, v in row.items() if k in known} for row in rows])
+        (folder / f"mimic-cxr-2.0.0-{name}.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    return folder
+
+
+def test_mimic_cxr_with_the_nearest_electrocardiogram(mimic_cxr: Path, mimic_ecg: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prepare(MIMICCXR(cxr=mimic_cxr, ecg=mimic_ecg), out).samples == {"train": 1, "val": 1, "test": 1}
+    samples = {sample.meta["dicom"]: sample for sample in written(out)}
+    assert {dicom: sample.split for dicom, sample in samples.items()} == {"aa": "train", "cc": "val", "dd": "test"}
+    first = samples["aa"]
+    path = mimic_cxr / "files/p10/p10000032/s51/aa.jpg"
+    assert first.members["jpg"] == path.read_bytes()
+    assert first.text == "There is no focal consolidation. The heart: normal in size. No acute process."
+    assert samples["cc"].text == "Lungs are clear." and samples["dd"].text == "Pneumonia."
+    assert first.meta["findings"] == ["Edema"] and first.meta["uncertain"] == ["Pneumonia"]
+    assert (first.meta["patient"], first.meta["study"], first.meta["view"]) == ("10000032", "51", "PA")
+    # 44 is nearer, half an hour after, but has a gap.
+    assert first.meta["ecg_study"] == "41" and first.meta["ecg_hours"] == -1.5
+    assert first.meta["ecg_report"] == "Sinus rhythm, Borderline ECG"
+    assert signal(first.members["npy"], lambda: first.meta).frames == 5000
+    assert samples["cc"].meta["ecg_study"] == "43" and samples["cc"].meta["ecg_hours"] == 2.5
+    assert "npy" not in samples["dd"].members and "ecg_study" not in samples["dd"].meta
+    assert dict(json.loads((out / SUMMARY).read_text())["refused"]) == {
+        "row 5, ee": "no split that is known",
+        "row 6, ff": "cannot be read: No such file or directory",
+        "row 7, gg": "report is empty",
+    }
+
+
+def test_mimic_cxr_by_view_and_reach(mimic_cxr: Path, mimic_ecg: Path, tmp_path: Path) -> None:
+    source = MIMICCXR(cxr=mimic_cxr, ecg=mimic_ecg, views=("LATERAL",), hours=1.0)
+    assert prepare(source, tmp_path / "out").samples == {"train": 1, "val": 0, "test": 0}
+    (sample,) = written(tmp_path / "out")
+    assert sample.meta["dicom"] == "bb" and sample.members.keys() == {"jpg", "txt"}
+    assert prepare(MIMICCXR(cxr=mimic_cxr), tmp_path / "two").samples == {"train": 1, "val": 1, "test": 1}
+    assert not any("npy" in s.members for s in written(tmp_path / "two"))
+    with pytest.raises(ConfigError, match="no X-ray of the views LL"):
+        prepare(MIMICCXR(cxr=mimic_cxr, views=("LL",)), tmp_path / "none")
