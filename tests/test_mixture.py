@@ -179,6 +179,24 @@ def test_a_modality_that_no_source_has_is_refused(data: dict[str, Path]) -> None
         mixture({})
 
 
+def test_a_source_leaves_out_what_it_is_told_to(data: dict[str, Path]) -> None:
+    web = (str(data["web"]),)
+    sources = {"pictures": Source.Config(shards=web, members={"text": ()}), "texts": Source.Config(shards=web)}
+    config = Mixture.Config(sources=sources, workers=0)
+    made = config.build(TRANSFORMS, seed=3, global_batch=8, rank=0, world=1)
+    assert [s.modalities for s in made.sources] == [("image",), ("image", "text")]
+    (batch,) = made.batches(0, 1)
+    assert len(batch.rows["image"]) == 8 and len(batch.rows["text"]) == 4
+    with pytest.raises(ConfigError, match="no source has the modality 'text'"):
+        Mixture.Config(sources={"pictures": sources["pictures"]}, workers=0).build(
+            TRANSFORMS, seed=3, global_batch=8, rank=0, world=1
+        )
+    with pytest.raises(ConfigError, match="no sample has the modality 'text'"):
+        Stream.Config(shards=web, members={"text": ()}, workers=0).build(
+            TRANSFORMS, seed=3, global_batch=8, rank=0, world=1
+        )
+
+
 def test_the_state_names_every_source(data: dict[str, Path]) -> None:
     state = mixture(data, weights={"web": 2, "pictures": 1, "texts": 1}).state()
     other = mixture(data | {"texts": data["pictures"]}, weights={"web": 2, "pictures": 1, "texts": 1}).state()

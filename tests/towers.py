@@ -16,6 +16,7 @@ from mmcontrast.encoders import (
     BagOfWords,
     CascadePool,
     CoCaText,
+    ConvNet,
     Encoder,
     HFAudio,
     HFText,
@@ -97,6 +98,20 @@ TOWERS: dict[str, tuple[Make, int]] = {
         lambda o: TimmImage.Config(model="test_resnet", image_size=32, weights=o.timm["test_resnet"]),
         96,
     ),
+    "ViT with attention pooling": (lambda o: tiny.vit(attention_pool=True), 16),
+    "ConvNet": (lambda o: ConvNet.Config(image_size=32, widths=(8, 8, 8, 16), blocks=(1, 1, 1, 1)), 16),
+    "ConvNet with attention pooling": (
+        lambda o: ConvNet.Config(image_size=32, widths=(8, 8, 8, 16), blocks=(1, 1, 1, 1), attention_pool=True),
+        16,
+    ),
+    "OpenClipImage with attention pooling": (
+        lambda o: OpenClipImage.Config(architecture="tiny-clip", weights=o.clip, attention_pool=True),
+        16,
+    ),
+    "TimmImage with attention pooling": (
+        lambda o: TimmImage.Config(model="test_vit", image_size=32, attention_pool=True),
+        64,
+    ),
     "CascadePool": (lambda o: CascadePool.Config(tower=tiny.vit(), queries=3, heads=2, width=8), 8),
     "TextTransformer": (lambda o: tiny.text_transformer(), 16),
     "CoCaText": (lambda o: CoCaText.Config(context_length=10, width=16, layers=1, heads=2), 16),
@@ -133,7 +148,7 @@ EVERY: dict[str, Make] = {
     "HFAudio Whisper": lambda o: HFAudio.Config(model=_once(hf_models.whisper, o.folder / "whisper")),
     "HFAudio AST": lambda o: HFAudio.Config(model=_once(hf_models.ast, o.folder / "ast")),
     "HFAudio wav2vec 2.0": lambda o: HFAudio.Config(model=_once(hf_models.wav2vec2, o.folder / "wave"), seconds=1.0),
-    "SignalResNet": lambda o: _signal(SignalResNet, widths=(8, 16), blocks=(1, 1)),
+    "SignalResNet": lambda o: _signal(SignalResNet, widths=(8, 8, 8, 16), blocks=(1, 1, 1, 1)),
     "SignalTransformer": lambda o: _signal(SignalTransformer, patch=10, width=16, layers=1, heads=2),
 }
 """Name -> how the settings are made: all kinds of modalities."""

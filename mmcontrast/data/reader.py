@@ -78,7 +78,7 @@ class Reader:
             transforms: modality -> transform; its `kind` says which decoder and which members.
             members: modality -> extensions that hold it, in order of preference; by default those of the kind.
             made: modalities that are not read from these shards; a `Compose` makes them.
-            lacking: modalities that no sample has are left out, unless `members` names them or there is no other.
+            lacking: modalities that no sample has are left out, unless `members` names extensions or there is no other.
 
         Raises:
             ConfigError: a modality that no sample has, or a kind that nothing decodes.
@@ -92,7 +92,7 @@ class Reader:
         self.members = {m: (members or {}).get(m, FORMATS[t.kind]) for m, t in read.items()}
         had = {m: e for m, e in self.members.items() if any(shards.counts.get(extension) for extension in e)}
         if lacking and (had or made):
-            self.members = {m: e for m, e in self.members.items() if m in had or m in (members or {})}
+            self.members = {m: e for m, e in self.members.items() if m in had or (members or {}).get(m)}
         for modality, extensions in self.members.items():
             if modality not in had:
                 # Few, by frequency: dots in the keys make every member an extension of its own.

@@ -30,7 +30,8 @@ class Source(Configurable):
         shards: tuple[str, ...]
         """Folders, globs, ranges such as data/{00000..00099}.tar, or addresses: https, s3, gs, hf."""
         members: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-        """Modality -> member extensions that hold it, where they are not the usual ones."""
+        """Modality -> member extensions that hold it, where they are not the usual ones; with none, a source of several
+        leaves the modality out, though its samples have it."""
         compose: Compose.Config = field(default_factory=Compose.Config)
         """How an example is made of samples; by default it is one sample as it is."""
         window: int = 16384

@@ -4,7 +4,8 @@ from mmcontrast.encoders.audio import MelConvNet, MelTransformer
 from mmcontrast.encoders.base import Encoder
 from mmcontrast.encoders.coca import CascadePool, CoCaText
 from mmcontrast.encoders.hf_audio import HFAudio
-from mmcontrast.encoders.image import OpenClipImage, TimmImage, ViT
+from mmcontrast.encoders.image import ConvNet, ViT
+from mmcontrast.encoders.image_models import OpenClipImage, TimmImage
 from mmcontrast.encoders.lora import Lora
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.text import HFText, OpenClipText, TextTransformer
@@ -15,6 +16,7 @@ from mmcontrast.encoders.words import BagOfWords
 __all__ = [
     "CascadePool",
     "CoCaText",
+    "ConvNet",
     "BagOfWords",
     "Encoder",
     "HFAudio",

@@ -1,4 +1,4 @@
-"""Image towers: a compact ViT of our own settings, any open_clip architecture, any timm model.
+"""Image towers: what all of them share, and compact ones of our own settings, a ViT and a ConvNet.
 
 Pictures cross the worker queue as uint8 [3, S, S] and are normalised here, on the device. Letters: B rows, S
 side, C width, T tokens.
@@ -7,20 +7,20 @@ side, C width, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from mmcontrast.config import ConfigError, suggest
+from mmcontrast.config import ConfigError
 from mmcontrast.decode import Box, picture_from
-from mmcontrast.encoders.base import Encoder, Transform, read_weights
+from mmcontrast.encoders.base import Encoder, Transform
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -95,9 +95,13 @@ def random_box(height: int, width: int, scale: tuple[float, float]) -> Box:
 
 
 class ImageEncoder(Encoder):
-    """Normalisation, augmentation and inputs that all image towers share."""
+    """Normalisation, augmentation, inputs and attention pooling that all image towers share.
+
+    A subclass has `tower_outputs`, and calls `pool_by_attention` when its tower is built.
+    """
 
     kind = "image"
+    fresh = ("pooler.",)
 
     @dataclass(kw_only=True)
     class Config(Encoder.Config):
@@ -112,12 +116,16 @@ class ImageEncoder(Encoder):
         half_scale: bool = False
         """Decode a JPEG at half its resolution in training where the crop is at least twice the tower's size.
         Photographs of 640 x 480 then take a fifth less time, at 37 to 45 dB from the exact pixels of the crop."""
+        attention_pool: bool = False
+        """Pool the tokens by attention of one learned query, then an MLP (MAP, Zhai et al. 2022, arXiv:2106.04560,
+        section 3.2), instead of as the tower pools. The pooler is new, whatever weights the tower has."""
 
     def __init__(self, config: Config, *, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(config)
         if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale {config.crop_scale} must rise within 0..1")
         self.image_config, self.size = config, size
+        self.pooler: nn.Module | None = None
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None] * 255, persistent=False)
@@ -130,6 +138,36 @@ class ImageEncoder(Encoder):
     def example(self) -> Tensor:
         """A black picture."""
         return torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device)
+
+    def tower_outputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [B, 3, S, S] -> [B, C] as the tower pools, and [B, T, width] where it gives tokens."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [B, 3, S, S] -> [B, C], and [B, T, width] where the tower gives tokens."""
+        pooled, tokens = self.tower_outputs(x)
+        return pooled if self.pooler is None else self.pooler(tokens), tokens
+
+    def pool_by_attention(self) -> None:
+        """Put the attention in the place of the tower's pooling, whose own weights stop training.
+
+        Raises:
+            ConfigError: the tower gives no tokens.
+        """
+        from timm.layers.attention_pool import AttentionPoolLatent
+
+        with torch.enable_grad():
+            _, tokens = self.eval().tower_outputs(self.example())
+            if tokens is None:
+                raise ConfigError(f"attention_pool: {type(self).__name__} gives no tokens that could be pooled")
+            tokens.sum().backward()
+        for parameter in self.parameters():  # no gradient would reach these, for which DDP waits
+            parameter.requires_grad_(parameter.grad is not None)
+        self.zero_grad(set_to_none=True)
+        width = self.dim = tokens.shape[2]
+        heads = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
+        self.pooler = AttentionPoolLatent(width, num_heads=heads, norm_layer=nn.LayerNorm)
+        self.train()
 
     def normalise(self, x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         """uint8 [B, 3, S, S] in any layout -> the tower's range, in the layout that it works in."""
@@ -181,160 +219,57 @@ class ViT(ImageEncoder):
         )
         self.tower.proj = None  # the projection to the shared space is MultiEncoder's
         self.dim = config.width
+        if config.attention_pool:
+            self.pool_by_attention()
         self.finish(config, pretrained=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 [B, 3, S, S] -> [B, C], [B, T, C]."""
+    def tower_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, S, S] -> [B, C] of the CLS, [B, T, C]."""
         return self.tower(self.normalise(x))
 
 
-class OpenClipImage(ImageEncoder):
-    """The image tower of any open_clip architecture, its projection included."""
+class ConvNet(ImageEncoder):
+    """A ConvNeXt (Liu et al. 2022, arXiv:2201.03545) of any size, by timm; its norms are of each sample alone."""
 
     @dataclass(kw_only=True)
     class Config(ImageEncoder.Config):
-        """Which architecture, from which weights."""
+        """Settings of the network."""
 
-        architecture: str
-        """open_clip's name, such as ViT-B-32."""
-        weights: str | None = None
-        """File with the weights of the whole open_clip model; None starts from scratch."""
-        mean: tuple[float, float, float] | None = None
-        """Mean colour (0..1) that the weights were trained with (SigLIP: 0.5); None takes CLIP's."""
-        std: tuple[float, float, float] | None = None
-        """Deviation of the colours (0..1); None takes CLIP's."""
-
-    def __init__(self, config: Config, restore: Path | None = None) -> None:
-        clip, preprocess = open_clip_model(config.architecture, None if restore else config.weights)
-        mean, std = config.mean or preprocess["mean"], config.std or preprocess["std"]
-        super().__init__(config, size=preprocess["size"], mean=mean, std=std)
-        self.tower = clip.visual
-        if hasattr(self.tower, "output_tokens"):
-            self.tower.output_tokens = True
-        with torch.no_grad():
-            self.dim = self._split(self.tower.eval()(self.normalise(self.example())))[0].shape[1]
-        self.finish(config, pretrained=bool(restore or config.weights))
-
-    @staticmethod
-    def _split(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        return found if isinstance(found, tuple) else (found, None)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 [B, 3, S, S] -> [B, C], and [B, T, C] where the architecture gives tokens."""
-        return self._split(self.tower(self.normalise(x)))
-
-
-class TimmImage(ImageEncoder):
-    """Any timm model, pooled as timm pools it."""
-
-    @dataclass(kw_only=True)
-    class Config(ImageEncoder.Config):
-        """Which model, from which weights."""
-
-        model: str
-        """timm's name, such as convnext_tiny."""
-        weights: str | None = None
-        """File with the model's weights, its classifier allowed; None starts from scratch."""
         image_size: int = 224
         """Side of the square input, in pixels."""
-        channels_last: bool = True
-        """Memory order of the pictures; faster for convolutions."""
+        patch_size: int = 4
+        """Side of the patches that the first layer embeds; each further stage halves the map."""
+        widths: tuple[int, int, int, int] = (48, 96, 192, 384)
+        """Width of each of the four stages; the last is C."""
+        blocks: tuple[int, int, int, int] = (2, 2, 4, 2)
+        """Blocks of each stage."""
+        drop_path: float = 0.0
+        """Largest share of the rows for which training leaves a block out; it rises with the depth."""
 
     def __init__(self, config: Config, restore: Path | None = None) -> None:
-        import timm
+        super().__init__(config, size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+        widths, blocks = config.widths, config.blocks
+        if len(widths) != 4 or len(blocks) != 4 or min(*widths, *blocks) < 1:
+            raise ConfigError(f"widths {widths} and blocks {blocks} must be four numbers of at least 1, one per stage")
+        if config.patch_size < 1 or config.image_size < 8 * config.patch_size:
+            raise ConfigError(
+                f"patch_size is {config.patch_size} and image_size {config.image_size}; give at least 1, and 8 patches"
+            )
+        if not 0 <= config.drop_path < 1:
+            raise ConfigError(f"drop_path {config.drop_path} must be in 0..1 (without 1)")
+        from timm.models.convnext import ConvNeXt
 
-        if not timm.is_model(config.model):
-            raise ConfigError(f"timm has no model {config.model!r}{suggest(config.model, timm.list_models())[:400]}")
-        known = timm.get_pretrained_cfg(config.model)
-        # Towers with position embeddings are built for one size; the others have no such argument.
-        size: Any = {"img_size": config.image_size} if known and known.fixed_input_size else {}
-        tower = timm.create_model(config.model, pretrained=False, num_classes=0, **size)
-        facts = cast(dict[str, Any], tower.pretrained_cfg)
-        super().__init__(config, size=config.image_size, mean=facts["mean"], std=facts["std"])
-        self.tower: Any = tower
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.tower.to(memory_format=self.layout)
-        if config.weights and not restore:
-            load_tower(self.tower, read_weights(config.weights), config.weights)
-        with torch.no_grad():  # asked, not read off: in some families the pooled width is not `num_features`
-            self.tower.eval()
-            self.dim = self.forward(self.example())[0].shape[1]
-        self.finish(config, pretrained=bool(restore or config.weights))
+        self.tower: Any = ConvNeXt(
+            num_classes=0, depths=blocks, dims=widths, patch_size=config.patch_size, drop_path_rate=config.drop_path
+        ).to(memory_format=torch.channels_last)
+        self.dim = widths[-1]
+        if config.attention_pool:
+            self.tower.reset_classifier(0, "")
+            self.pool_by_attention()
+        self.finish(config, pretrained=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 [B, 3, S, S] -> [B, C], and [B, T, width] of the last feature map or the last tokens."""
-        features = self.tower.forward_features(self.normalise(x, self.layout))
-        return self.tower.forward_head(features), self._tokens(features)
-
-    def _tokens(self, features: Tensor) -> Tensor | None:
-        """Families differ in what they end in: tokens [B, T, width], or a map with the width first or last."""
-        width = self.tower.num_features
-        if features.ndim == 3 and features.shape[2] == width:
-            return features
-        if features.ndim == 4 and features.shape[1] == width:
-            return features.flatten(2).transpose(1, 2)
-        if features.ndim == 4 and features.shape[3] == width:
-            return features.flatten(1, 2)
-        return None
-
-
-def load_tower(tower: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
-    """Load weights by name; what the tower lacks (a classifier) is left, what the weights lack is an error.
-
-    Other packages name the tensors of the same architecture otherwise. If no name agrees, tensors are taken
-    in order, provided that every one agrees in its last name (weight, running_mean, …) and its shape.
-
-    Raises:
-        ConfigError: names the first missing or misshapen tensor.
-    """
-    # Counters of batch norm, which inference never reads; old files lack them.
-    wanted = {n: t for n, t in tower.state_dict().items() if not n.endswith("num_batches_tracked")}
-    if not wanted.keys() & weights.keys():
-        found = [n for n in weights if not n.endswith("num_batches_tracked")]
-        pairs = zip(wanted, found, strict=False)
-        weights = {ours: weights[theirs] for ours, theirs in pairs if _last(ours) == _last(theirs)}
-    for name, tensor in wanted.items():
-        if name not in weights:
-            raise ConfigError(f"{path} has no tensor {name!r}: it holds another model")
-        if weights[name].shape != tensor.shape:
-            raise ConfigError(f"{path}: {name!r} has shape {list(weights[name].shape)}, not {list(tensor.shape)}")
-    tower.load_state_dict({n: weights[n] for n in wanted}, strict=False)
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def open_clip_model(architecture: str, weights: str | None, *, custom_text: bool = False) -> tuple[Any, dict[str, Any]]:
-    """An open_clip model and its preprocessing {size, mean, std}; nothing is fetched from a hub.
-
-    With `custom_text` the text tower is a module of its own in every architecture.
-
-    Raises:
-        ConfigError: no such architecture, or weights that do not fit it.
-    """
-    import open_clip
-
-    # Not left to open_clip: it would take `hf-hub:…` for an architecture and a known tag for a file.
-    if architecture not in open_clip.list_models():
-        known = open_clip.list_models()
-        raise ConfigError(f"open_clip has no architecture {architecture!r}{suggest(architecture, known)[:400]}")
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"there is no weights file {weights!r}")
-    try:
-        model = open_clip.create_model(
-            architecture, pretrained=weights, pretrained_text=False, force_custom_text=custom_text
-        )
-    except Exception as error:  # of torch, safetensors, pickle or the hub, by what is wrong
-        raise ConfigError(
-            f"open_clip cannot make {architecture}{f' with {weights}' if weights else ''}: {_reason(error)}"
-        ) from None
-    found = cast(dict[str, Any], open_clip.get_model_preprocess_cfg(model))
-    size = found["size"]
-    return model, found | {"size": size if isinstance(size, int) else size[0]}
-
-
-def _reason(error: Exception) -> str:
-    """The line of an error that names a tensor, or the first one; torch lists every tensor of a model."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if '"' in line or "size mismatch" in line), lines[0])[:200]
+    def tower_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, S, S] -> the mean [B, C], the last map [B, T, C]; normed where attention pools."""
+        features = self.tower.forward_features(self.normalise(x, torch.channels_last))
+        pooled = self.tower.forward_head(features)
+        return pooled, (features if pooled.ndim == 2 else pooled).flatten(2).transpose(1, 2)

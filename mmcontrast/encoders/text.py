@@ -18,7 +18,7 @@ from mmcontrast.config import ConfigError
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.clip_tokens import encode_by
 from mmcontrast.encoders.hub import load_half, origin_of, refusal
-from mmcontrast.encoders.image import open_clip_model
+from mmcontrast.encoders.image_models import open_clip_model
 
 
 class TokenTransform(Transform):
@@ -117,7 +117,7 @@ class OpenClipText(Encoder):
         import open_clip
 
         # All architectures become the class whose text tower is a module of its own; CLIP's has loose parts.
-        clip, _ = open_clip_model(config.architecture, None if restore else config.weights, custom_text=True)
+        clip, _ = open_clip_model(config.architecture, None if restore else config.weights, force_custom_text=True)
         try:
             self.tokenizer: Any = open_clip.get_tokenizer(config.architecture)
         except OSError as error:
