@@ -1,0 +1,108 @@
+"""Recipes at full scale: the settings as they are, on towers and data that are small."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import open_clip
+import pytest
+import soundfile
+import torch
+
+from mmcontrast.config import from_dict, to_dict
+from mmcontrast.data import Stream
+from mmcontrast.data_prep.source import signal_member
+from mmcontrast.encoders import MultiEncoder
+from mmcontrast.recipe import load_recipe
+from mmcontrast.recipes.ecg_text import LEADS
+from mmcontrast.shard_writer import Sample
+from mmcontrast.trainer import Trainer
+from tests import hf_models, tiny
+from tests.towers import Origins, make_origins
+
+
+@pytest.fixture(scope="module")
+def origins(tmp_path_factory: pytest.TempPathFactory) -> Origins:
+    return make_origins(tmp_path_factory.mktemp("origins"))
+
+
+def _sounds() -> Iterator[Sample]:
+    for number in range(16):
+        file = io.BytesIO()
+        wave = np.sin(np.arange(32_000) * (0.05 + 0.01 * number))
+        soundfile.write(file, wave, 16_000, format="FLAC")
+        yield Sample(f"{number:03d}", {"flac": file.getvalue(), "txt": f"a tone, the {number}th", "json": {}})
+
+
+def _heartbeats() -> Iterator[Sample]:
+    draw = np.random.default_rng(0)
+    for number in range(16):
+        meta = {"patient": number // 2, "rate": 500, "channels": list(LEADS), "units": "mV", "scale": 0.001}
+        signal = signal_member(draw.integers(-900, 900, (5000, 12)))
+        yield Sample(f"{number:03d}", {**signal, "txt": f"sinus rhythm, {60 + number}", "json": meta})
+
+
+def clip(config: Trainer.Config, origins: Origins) -> list[Sample]:
+    wanted = open_clip.get_model_config("ViT-B-16")
+    assert wanted is not None and wanted["embed_dim"] == config.model.dim, "no projection is there to mend it"
+    towers = cast(dict[str, Any], config.model.encoders)
+    assert {t.architecture for t in towers.values()} == {"ViT-B-16"}
+    for tower in towers.values():
+        tower.architecture = "tiny-clip"
+    config.model.dim = 12
+    return tiny.samples(16)
+
+
+def clap(config: Trainer.Config, origins: Origins) -> list[Sample]:
+    towers = cast(dict[str, Any], config.model.encoders)
+    towers["audio"].model, towers["audio"].seconds = hf_models.clap(origins.folder / "clap"), 2.0
+    towers["text"].model = origins.bert
+    return list(_sounds())
+
+
+def ptbxl(config: Trainer.Config, origins: Origins) -> list[Sample]:
+    towers = cast(dict[str, Any], config.model.encoders)
+    towers["ecg"].width, towers["ecg"].layers = 32, 1
+    towers["text"].model, towers["text"].train_top = origins.bert, 1
+    return list(_heartbeats())
+
+
+@pytest.mark.parametrize(("name", "shrink"), [("clip_vit_b16", clip), ("clap_audiocaps", clap), ("ptbxl_text", ptbxl)])
+def test_a_full_recipe_trains_when_it_is_made_small(
+    origins: Origins, tmp_path: Path, name: str, shrink: Callable[[Trainer.Config, Origins], list[Sample]]
+) -> None:
+    config = load_recipe(name)
+    assert to_dict(from_dict(to_dict(config))) == to_dict(config)
+    shards = tiny.write_shards(tmp_path / "data", shrink(config, origins))
+    assert isinstance(config.data, Stream.Config)
+    data = replace(config.data, shards=(shards,), lanes=1, workers=0)
+    small = replace(config, data=data, out=tmp_path / "run", evaluators={}, global_batch=8, micro_batch=4, steps=2)
+    found = small.build().fit()
+    assert np.isfinite(found["loss"]) if "loss" in found else (tmp_path / "run" / "step-000002").is_dir()
+
+
+def test_coca_has_the_papers_size() -> None:
+    config = load_recipe("coca_vit_b16")
+    with torch.device("meta"):
+        model: MultiEncoder = config.model.build()
+    count = sum(p.numel() for p in model.parameters())
+    assert 3.4e8 < count < 4.2e8  # 383 million in table 1, whose vocabulary and patches differ
+
+
+def test_symile_m3_is_built_of_its_towers(origins: Origins) -> None:
+    config = load_recipe("symile_m3")
+    towers = cast(dict[str, Any], config.model.encoders)
+    towers["image"].architecture, towers["image"].weights = "tiny-clip", origins.clip
+    towers["audio"].model, towers["audio"].seconds = hf_models.whisper(origins.folder / "whisper"), 1.0
+    towers["text"].model = origins.bert
+    config.model.dim = 16
+    model: MultiEncoder = config.model.build()
+    z = model({m: model.encoder(m).example() for m in model.modalities})
+    assert {m: tuple(t.shape) for m, t in z.items()} == {m: (1, 16) for m in ("image", "audio", "text")}
+    trained = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"projections"}
