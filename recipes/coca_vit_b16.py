@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmcontrast.data import Stream
 from mmcontrast.encoders import CascadePool, CoCaText, ViT
 from mmcontrast.heads import Captioning
 from mmcontrast.recipes import clip_vit_b16
@@ -27,6 +28,7 @@ def recipe() -> Trainer.Config:
     }
     config.model.projection = "linear"
     config.model.heads = {"caption": Captioning.Config(weight=2.0)}
+    assert isinstance(config.data, Stream.Config)
     config.data.shards = ("data/cc12m",)
     config.micro_batch = 64
     return config

@@ -1,7 +1,13 @@
 """OpenMoji pictures with their names, spoken and written: three modalities, every two of them contrasted.
 
-mmcontrast prep spoken data/spoken
-mmcontrast train emoji_speech_text
+    mmcontrast prep spoken data/spoken
+    mmcontrast train emoji_speech_text
+
+EfficientNet-Lite0 and MiniLM stay as they are under learned projections; a small network that hears the speech learns
+from nothing. After 200 steps (6 minutes of processor time), for 162 concepts that were never seen, read or heard in
+training, within 10 of 162, chance .062: text by speech .53 [.45, .61], picture by speech .26 [.19, .33], picture by
+text .45 [.38, .53] (.56 in `emoji`, which trains the picture tower too). How long a name takes to say gives it away in
+part: a guess of the text's length from the duration alone finds the text for .40; it says nothing of pictures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
 """Exercises from a smartwatch's accelerometer and gyroscope, and their names: a residual network from nothing.
 
-mmcontrast prep watch data/watch --window 10
-mmcontrast train watch_text
+    mmcontrast prep watch data/watch --window 10
+    mmcontrast train watch_text
+
+Seven exercises of ten people; nobody who is tested on was trained on. A window's exercise is named by the nearest of
+the seven names, which MiniLM has embedded. After 300 steps (105 s of processor time) .82 [.73, .90] of the 89 windows
+of two people are named right, chance .14. A linear probe of the same embeddings, trained with the labels of the
+training windows, names .82. Windows of one recording resemble each other, so the true interval is wider.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,8 +83,10 @@ def test_a_full_recipe_trains_when_it_is_made_small(
     assert isinstance(config.data, Stream.Config)
     data = replace(config.data, shards=(shards,), lanes=1, workers=0)
     small = replace(config, data=data, out=tmp_path / "run", evaluators={}, global_batch=8, micro_batch=4, steps=2)
-    found = small.build().fit()
-    assert np.isfinite(found["loss"]) if "loss" in found else (tmp_path / "run" / "step-000002").is_dir()
+    small.precision = "fp32"  # Accelerate takes one precision per process, and other tests share this one
+    small.build().fit()
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [loss for loss in losses if loss is not None] and all(np.isfinite(x) for x in losses if x is not None)
 
 
 def test_coca_has_the_papers_size() -> None:
@@ -91,7 +94,7 @@ def test_coca_has_the_papers_size() -> None:
     with torch.device("meta"):
         model: MultiEncoder = config.model.build()
     count = sum(p.numel() for p in model.parameters())
-    assert 3.4e8 < count < 4.2e8  # 383 million in table 1, whose vocabulary and patches differ
+    assert count == pytest.approx(383e6, rel=0.12)  # of the paper, whose words and patches are others
 
 
 def test_symile_m3_is_built_of_its_towers(origins: Origins) -> None:
