@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import harness, loss, loss_arms, stream, stream_arms, stream_data
+from benchmarks import harness, loss, loss_arms, step, step_arms, stream, stream_arms, stream_data
 from benchmarks.chart import loglog
 from benchmarks.counters import peak_tensors_mb, resident_mb, tcp_bytes_sent
 from benchmarks.harness import Goal, Report, alternate, in_processes, median_ratio, peak, table
@@ -318,3 +319,43 @@ def test_resident_memory_counts_the_children() -> None:
         assert 5 < resident_mb() - before < 2000
     held = torch.ones(50_000_000)
     assert resident_mb() - before > 150 and len(held)
+
+
+# --------------------------------------------------------------------------------------------------- the step
+
+TOWERS = step_arms.Towers(side=16, width=32, layers=1, context=6, d=8)
+FEW = step.Plan(
+    n=16,
+    floors=16,
+    error=16,
+    growth=(8, 16),
+    micro_batch=4,
+    rounds=1,
+    small=TOWERS,
+    large=TOWERS,
+    threads=1,
+    peaks=False,
+)
+
+
+def test_the_step_benchmark_runs() -> None:
+    # Not memory: each of its fresh processes would take seconds to load what is loaded here.
+    found = step.run(FEW, {name: section for name, section in step.SECTIONS.items() if name != "memory"})
+    wanted = {g.ratio.replace("256_8192", "8_16") for g in step.GOALS if "memory" not in g.ratio}
+    assert wanted <= found.ratios.keys()
+    ratios = found.ratios
+    assert all(0 <= v < float("inf") for v in ratios.values())
+    assert ratios["grad_error"] < 1e-5 and ratios["scale_grad_error"] < 1e-5
+    assert ratios["grad_error_open_clip"] < 1e-5 and ratios["grad_error_gradcache"] < 1e-5
+    assert ratios["scale_grad_ratio_gradcache"] == pytest.approx(1, abs=1e-5)
+    assert ratios["scale_grad_ratio_open_clip"] == pytest.approx(4, abs=1e-4), "its gradient is K times the true one"
+    assert {"step/ours", "step/GradCache", "growth/16", "error/ours"} <= {arm["arm"] for arm in found.arms}
+
+
+def test_the_error_of_a_step_would_show() -> None:
+    towers = replace(TOWERS, dropout=0.5)
+    want = {name: g.clone() for name, g in step_arms.full_batch(16, towers, 4)().items()}
+    other = step_arms.full_batch(16, towers, 8)()  # other micro-batches, other masks
+    assert step_arms.relative_error(other, want) > 0.1
+    floor = step_arms.floor(16, towers, 4, forwards=4)()
+    assert floor.keys() == want.keys() - {"logit_scale"}
