@@ -102,6 +102,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["prep", "index", "SHARDS"], "exists; write it again with --overwrite"),
         (["index", "build", "nowhere", "SHARDS", "out"], "there is no run folder 'nowhere'"),
         (["index", "search", "SHARDS", "a dog"], "is not the manifest of an index"),
+        (["index", "serve", "SHARDS"], "is not the manifest of an index"),
+        (["index", "serve"], "serve needs at least one index"),
+        (["index", "serve", "SHARDS", "--port", "70000"], "port is 70000; it must be from 0"),
         (["quickstart", "--out", "SHARDS"], "holds something else; name a new folder"),
     ],
 )
@@ -142,6 +145,7 @@ def test_a_mistyped_flag_is_corrected(capsys: pytest.CaptureFixture[str]) -> Non
         ["eval"],
         ["index"],
         ["index", "build"],
+        ["index", "serve"],
     ],
 )
 def test_help_of_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,11 @@ Files are sent as base64 within JSON. Whatever is wrong comes back as one senten
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Problem, "description": "400: a request that cannot be used; 404: no such thing; 413: too large"}
 }
+_MEDIA = _PROBLEMS | {
+    200: {"description": "The medium", "content": {"image/webp": {}, "audio/wav": {}}},
+    206: {"description": "A part of it"},
+    304: {"description": "The browser has it"},
+}
 _Id = Annotated[str, PathParameter(pattern=ID)]
 
 
@@ -119,10 +124,9 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
     def medium(
         request: Request, index: str, sample_id: _Id, modality: str, side: Annotated[int, Query(ge=16, le=2048)] = 512
     ) -> Response:
-        """A picture (WebP, at most `side` pixels on its longer side) or the beginning of a sound (WAV, 120 s)."""
+        """A picture, at most `side` pixels on its longer side; or the first 120 s of a sound, less above 48 kHz."""
         found = shelf(index)
-        kind = next((m.kind for m in found.sample(sample_id).media if m.modality == modality), None)
-        if kind == "image":
+        if found.kind(sample_id, modality) == "image":
             tag = found.tag(sample_id, modality, side)
             return _cached(request, tag, "image/webp", lambda: found.picture(sample_id, modality, side=side))
         return _cached(request, found.tag(sample_id, modality), "audio/wav", lambda: found.sound(sample_id, modality))
@@ -142,8 +146,8 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
     ]
     for path, route in routes:
         methods = ["POST"] if route is search else ["GET"]
-        own: dict[str, Any] = {"response_class": Response} if route is medium else {}
-        app.add_api_route(path, route, methods=methods, responses=_PROBLEMS, operation_id=route.__name__, **own)
+        own: dict[str, Any] = {"response_class": Response, "responses": _MEDIA} if route is medium else {}
+        app.add_api_route(path, route, methods=methods, operation_id=route.__name__, **({"responses": _PROBLEMS} | own))
     for file in sorted(_PAGE.iterdir()):
         if file.suffix in _TYPES:
             path = "/" if file.name == "index.html" else f"/{file.name}"
@@ -253,7 +257,7 @@ def run(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=64,
+            limit_concurrency=32,
             timeout_graceful_shutdown=3,
         )
         try:

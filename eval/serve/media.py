@@ -19,7 +19,7 @@ from mmcontrast.eval.serve.schema import Envelope, Plot
 from mmcontrast.page import wav
 from mmcontrast.signals import Signal
 
-HEARD_SECONDS = 120  # of a sound; a player gets no more, and a plot shows the same
+HEARD_SECONDS = 120  # of a sound at up to 48 kHz; a player gets no more, and a plot shows the same
 SEEN_VALUES = 32 << 20  # of a signal, all channels together
 TEXT = 10_000  # characters of a caption
 _LOSSLESS = 128 << 10  # pixels of a picture
@@ -46,7 +46,7 @@ def wave(sound: Sound) -> bytes:
 
 
 def _heard(sound: Sound) -> NDArray[np.float32]:
-    return sound.read(0, min(sound.frames, HEARD_SECONDS * sound.rate)).numpy()
+    return sound.read(0, min(sound.frames, HEARD_SECONDS * min(sound.rate, 48_000))).numpy()
 
 
 def plot(value: Sound | Signal, units: Any = None) -> Plot:

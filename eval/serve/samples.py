@@ -76,8 +76,8 @@ class Samples:
         with self._lock:
             try:
                 return reader.raw(place.position, modality)
-            except (ConfigError, OSError) as error:  # a shard that went away while it is served
-                raise BadSample(str(error)[:200]) from None
+            except (ConfigError, OSError):  # it went away while it is served; where it lay is nobody's business
+                raise BadSample("its shard cannot be read") from None
 
     def text(self, place: Place) -> str | None:
         """The caption; None where there is none that can be read."""

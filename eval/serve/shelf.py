@@ -182,6 +182,14 @@ class Shelf:
         rows = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
         return [self._sample(row) for row in rows.tolist()]
 
+    def kind(self, sample: str, modality: str) -> str | None:
+        """Whether what a sample has under a name is an image, audio or timeseries; None where it has nothing to show.
+
+        Raises:
+            NotFound: the index does not have it.
+        """
+        return next((m.kind for m in self.samples.media(self.place(sample)) if m.modality == modality), None)
+
     def picture(self, sample: str, modality: str, *, side: int) -> bytes:
         """A picture as WebP.
 

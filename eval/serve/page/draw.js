@@ -17,7 +17,7 @@ function fill(node, attributes, children) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
 }
 
@@ -76,7 +76,9 @@ function drawing(index, sample, medium, { most, axis }) {
       place.replaceChildren(el("p", { class: "facts bad" }, error.message));
     }
   };
-  waiting.observe(place);
+  // Within the dialog at once: what lies below its edge would never be seen to come near.
+  if (axis) place.load();
+  else waiting.observe(place);
   return place;
 }
 
