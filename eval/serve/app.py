@@ -141,13 +141,13 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
         ("/api/search", search),
         ("/api/indices/{index}/samples", samples),
         (one, sample),
-        (one + "/media/{modality}", medium),
         (one + "/plot/{modality}", plot),
     ]
     for path, route in routes:
         methods = ["POST"] if route is search else ["GET"]
-        own: dict[str, Any] = {"response_class": Response, "responses": _MEDIA} if route is medium else {}
-        app.add_api_route(path, route, methods=methods, operation_id=route.__name__, **({"responses": _PROBLEMS} | own))
+        app.add_api_route(path, route, methods=methods, responses=_PROBLEMS, operation_id=route.__name__)
+    path = one + "/media/{modality}"
+    app.add_api_route(path, medium, responses=_MEDIA, response_class=Response, operation_id="medium")
     for file in sorted(_PAGE.iterdir()):
         if file.suffix in _TYPES:
             path = "/" if file.name == "index.html" else f"/{file.name}"
