@@ -29,7 +29,7 @@ const seconds = (value) => (value >= 100 ? value.toFixed(0) : value.toPrecision(
 // Channels above each other, each scaled to itself, from the least to the greatest value of every column.
 export function drawPlot(plot, { most, axis }) {
   const channels = plot.channels.slice(0, most);
-  const width = 600, left = channels.length > 1 && axis ? 56 : 0, row = channels.length > 1 ? 44 : 110;
+  const width = 600, left = axis ? 84 : 0, row = channels.length > 1 ? 44 : 110;
   const height = row * channels.length, bottom = axis ? 20 : 0;
   const lines = channels.map((channel, i) => {
     const least = Math.min(...channel.low), greatest = Math.max(...channel.high), span = greatest - least || 1;
@@ -40,7 +40,10 @@ export function drawPlot(plot, { most, axis }) {
     const under = channel.low.map((value, j) => `${x(j)} ${y(value)}`).reverse();
     return svg("path", { class: "wave", d: `M${[...top, ...under].join("L")}Z` });
   });
-  const names = left ? channels.map((c, i) => svg("text", { x: 4, y: row * (i + 0.5) + 4 }, c.name.slice(0, 8))) : [];
+  const names = left ? channels.flatMap((channel, i) => {
+    const [least, greatest] = [Math.min(...channel.low), Math.max(...channel.high)].map((value) => String(Number(value.toPrecision(3))));
+    return [svg("text", { x: 4, y: row * (i + 0.5) }, channel.name.slice(0, 11)), svg("text", { class: "span", x: 4, y: row * (i + 0.5) + 13 }, `${least} … ${greatest}`)];
+  }) : [];
   const marks = [];
   if (axis) {
     marks.push(svg("line", { class: "axis", x1: left, x2: width, y1: height + 2, y2: height + 2 }));
@@ -108,18 +111,32 @@ function card(index, sample, { best, like, open }) {
   else if (first.kind === "image") opener.append(picture(index, sample, first, 384));
   else opener.append(drawing(index, sample, first, { most: 4, axis: false }));
   const sound = sample.media.find((medium) => medium.kind === "audio");
-  const said = new Set([shown(sample).toLowerCase()]); // a label that repeats the caption says nothing
-  const simple = Object.entries(sample.metadata).filter(([, value]) => {
-    const word = String(value).toLowerCase();
-    return typeof value !== "object" && word.length <= 40 && !said.has(word) && said.add(word);
-  });
+  const tags = tagsOf(sample);
   return el("li", { class: "card", "data-id": sample.id },
     opener,
     sound ? player(index, sample, sound) : null,
     first ? el("p", { class: "said" }, shown(sample)) : null,
-    simple.length ? el("div", { class: "tags" }, simple.slice(0, 3).map(([key, value]) => el("span", { title: `${key}: ${value}` }, String(value)))) : null,
+    tags.length ? el("div", { class: "tags" }, tags.map(([title, said]) => el("span", { title }, said))) : null,
     el("div", { class: "foot" }, sample.score === undefined ? null : score(sample.score, best),
       el("button", { type: "button", class: "like", onclick: like }, "More like this")));
+}
+
+// Short metadata. What repeats the caption says nothing, nor does how a signal is stored.
+function tagsOf(sample) {
+  const known = new Set([shown(sample).toLowerCase()]), tags = [];
+  const stored = sample.media.some((medium) => medium.kind === "timeseries") ? ["rate", "scale", "units"] : [];
+  for (const [key, value] of Object.entries(sample.metadata)) {
+    const word = typeof value === "string" ? value : `${key} ${value}`;
+    if (value === null || typeof value === "object" || word.length > 40 || stored.includes(key) || known.has(word.toLowerCase())) continue;
+    known.add(word.toLowerCase());
+    tags.push([`${key}: ${value}`, word]);
+  }
+  return tags.slice(0, 3);
+}
+
+function written(value) {
+  if (Array.isArray(value) && value.every((item) => typeof item !== "object")) return value.join(", ");
+  return typeof value === "object" && value !== null ? JSON.stringify(value, null, 1) : String(value);
 }
 
 function score(value, best) {
@@ -148,7 +165,7 @@ export function details(index, sample, { like, step, close }) {
       : [drawing(index, sample, medium, { most: 16, axis: true }), medium.kind === "audio" ? player(index, sample, medium) : null]);
   const facts = Object.entries({ key: sample.key, shard: sample.shard, id: sample.id, score: sample.score, ...sample.metadata })
     .filter(([, value]) => value !== undefined)
-    .flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, typeof value === "object" && value !== null ? JSON.stringify(value, null, 1) : String(value))]);
+    .flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, written(value))]);
   return el("div", { class: "inside" },
     el("div", { class: "bar" }, el("h2", {}, sample.key),
       el("button", { type: "button", "aria-label": "Previous answer", disabled: !step.before, onclick: step.before }, "←"),
