@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -15,6 +14,7 @@ from mmcontrast.arguments import take_trust, write_json
 from mmcontrast.check.cli import check_grads, check_shards, grads_usage, shards_usage
 from mmcontrast.config import ConfigError, RunError
 from mmcontrast.data_prep.cli import prep, prep_usage
+from mmcontrast.eval.index.cli import INDEX
 from mmcontrast.interrupts import Interrupted
 
 Positional = tyro.conf.Positional
@@ -158,118 +158,8 @@ def caption(
     write_json(json_file, [{"file": file, "caption": text} for file, text in zip(files, texts, strict=True)])
 
 
-def index_build(
-    model: Positional[Path],
-    shards: Positional[str],
-    out: Positional[Path],
-    modality: str = "image",
-    overwrite: bool = False,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-    trust: tuple[str, ...] = (),
-) -> None:
-    """Embed shards with a trained model and index them.
-
-    Args:
-        model: run folder, or one of its step-N folders.
-        shards: folder, glob or range.
-        out: the index folder.
-        modality: what to index.
-        overwrite: replace an index that is there.
-        json_file: also write the manifest here.
-        trust: modules or .py files whose classes the run's config may name.
-    """
-    from mmcontrast.eval.index import build_index
-
-    found = build_index(
-        model,
-        [shards],
-        out,
-        modality=modality,
-        overwrite=overwrite,
-        trust=trust,
-        progress=sys.stderr.isatty(),
-    )
-    quality = found["quality"]
-    print(
-        f"{out}: {found['count']} vectors of {found['modality']}, {found['type']}; recall@10 against exact search "
-        f"{quality['recall_at_10']:.3f} on {quality['queries']:.0f} queries"
-    )
-    write_json(json_file, found)
-
-
-def index_search(
-    index: Positional[Path],
-    queries: Positional[tuple[str, ...]],
-    modality: str = "text",
-    top: int = 5,
-    model: Path | None = None,
-    html: Path | None = None,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-    trust: tuple[str, ...] = (),
-) -> None:
-    """Search an index with texts or pictures.
-
-    Args:
-        index: what `index build` wrote.
-        queries: texts; or files, if the modality is not text.
-        modality: what the queries are.
-        top: answers per query.
-        model: where the model lies now, if it moved.
-        html: also write a page with the pictures.
-        json_file: also write the answers here.
-        trust: modules or .py files whose classes the run's config may name.
-    """
-    from mmcontrast.eval.index import Index
-    from mmcontrast.eval.report import search_page
-
-    if not queries:
-        raise ConfigError("search needs at least one query: mmcontrast index search INDEX QUERY…")
-    opened = Index(index, model=model, trust=trust)
-    answers = opened.search(modality, queries, top=top)
-    for query, hits in zip(queries, answers, strict=True):
-        print(query)
-        for place, hit in enumerate(hits, 1):
-            print(f"  {place}. {hit.score:.3f}  {hit.key}  {hit.text or ''}")
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(search_page(opened, queries, answers), "utf-8")
-        print(f"wrote {html}", file=sys.stderr)
-    write_json(
-        json_file,
-        [{"query": q, "hits": [asdict(h) for h in hits]} for q, hits in zip(queries, answers, strict=True)],
-    )
-
-
-def index_serve(
-    indices: Positional[tuple[Path, ...]],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    allow_host: tuple[str, ...] = (),
-    model: tuple[Path, ...] = (),
-    trust: tuple[str, ...] = (),
-) -> None:
-    """Search indices on a page of one's own: with words, pictures, sounds and signals; and by a JSON API.
-
-    Args:
-        indices: what `index build` wrote; two of them can be looked at side by side.
-        host: address to listen at. The default answers this machine alone; there is no password.
-        port: to listen at; 0 takes a free one.
-        allow_host: further names by which the server is reached, as behind a proxy.
-        model: where the models lie now, if they moved: one for each index, or one for all.
-        trust: modules or .py files whose classes the runs' configs may name.
-    """
-    try:
-        from mmcontrast.eval.serve.app import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn"):
-            raise
-        raise ConfigError("the page is served by FastAPI: pip install 'mmcontrast[serve]'") from None
-
-    run(indices, host=host, port=port, names=allow_host, models=model, trust=trust)
-
-
 def _index() -> None:
-    """Build and search an index: build, search, serve."""
+    """An index that knows its model: build, add, delete, merge, compact, search, show, serve."""
 
 
 def _check() -> None:
@@ -281,7 +171,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "grads": cast(Callable[..., None], grads_usage),
         "shards": cast(Callable[..., None], shards_usage),
     },
-    "index": {"build": index_build, "search": index_search, "serve": index_serve},
+    "index": INDEX,
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,

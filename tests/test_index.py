@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import mmcontrast.eval.index as index_module
 from mmcontrast import load
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.index import Index, build_index
+from mmcontrast.eval.index.store import describe
 from mmcontrast.eval.report import search_page
 from mmcontrast.shard_writer import Sample
+from mmcontrast.shards import open_shards
 from tests import tiny
 
 HOSTILE = "<script>alert(\"x\")</script> & 'quotes'"
@@ -74,7 +76,7 @@ def own(tmp_path: Path) -> Built:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def _one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> bool:
@@ -133,7 +135,8 @@ def test_pictures_alone_can_be_indexed(built: Built, tmp_path: Path) -> None:
     alone = [Sample(s.key, {"png": s.members["png"]}) for s in tiny.samples(5)]
     shards = tiny.write_shards(tmp_path / "alone", alone)
     manifest = build_index(built.run, [shards], tmp_path / "alone_index")
-    assert manifest["quality"] == {"recall_at_10": 1.0, "queries": 5.0}
+    assert manifest["quality"]["recall_at_10"] == 1.0 and manifest["quality"]["queries"] == 5
+    assert manifest["quality"]["queries_from"] == "vectors of the index, each left out of its own answers"
     (hits,) = Index(tmp_path / "alone_index").search("text", ["red"])
     assert len(hits) == 5 and all(h.text is None for h in hits)
 
@@ -156,57 +159,27 @@ def test_a_query_that_cannot_be_read_is_named(built: Built, tmp_path: Path) -> N
 
 def test_the_manifest_says_what_was_indexed(built: Built) -> None:
     manifest = json.loads((built.index / "manifest.json").read_text())
-    facts = {k: manifest[k] for k in ("version", "modality", "dim", "count", "type", "shards", "skipped")}
+    facts = {k: manifest[k] for k in ("version", "generation", "modality", "dim", "metric", "normalisation", "joint")}
     assert facts == {
-        "version": 1,
+        "version": 2,
+        "generation": 1,
         "modality": "image",
         "dim": 8,
-        "count": 29,
-        "type": "flat",
-        "shards": [built.shards],
-        "skipped": [],
+        "metric": "inner product",
+        "normalisation": "unit length",
+        "joint": "sum",
     }
-    assert manifest["quality"] == {"recall_at_10": 1.0, "queries": 29.0}
+    facts = {k: manifest[k] for k in ("count", "deleted", "type", "skipped", "skipped_count")}
+    assert facts == {"count": 29, "deleted": 0, "type": "Flat", "skipped": [], "skipped_count": 0}
+    assert manifest["preprocessing"] == {"image": {"transform": "ImageTransform", "size": 16}}
+    assert manifest["sources"] == [{"shards": [built.shards], "data": open_shards([built.shards]).fingerprint}]
+    assert (manifest["quality"]["recall_at_10"], manifest["quality"]["queries"]) == (1.0, 28)
+    assert manifest["libraries"].keys() >= {"faiss-cpu", "torch", "pyarrow"}
     assert Path(manifest["model"]) == built.run / "step-000001"
-
-
-def _shared(index: Any, vectors: Any, queries: Any, k: int) -> float:
-    """recall@k by sorting every query's scores."""
-    _, found = index.search(queries, k)
-    shares: list[float] = []
-    for query, places in zip(queries, found, strict=True):
-        scores = [float(np.dot(query.astype(np.float64), v.astype(np.float64))) for v in vectors]
-        exact = sorted(range(len(vectors)), key=lambda i: -scores[i])[:k]
-        shares.append(len({*exact} & {*places.tolist()}) / k)
-    return float(np.mean(shares))
-
-
-def test_a_large_index_is_a_graph_whose_recall_is_measured(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(index_module, "_FLAT_BELOW", 29)
-    manifest = build_index(built.run, [built.shards], tmp_path / "graph")
-    assert manifest["type"] == "hnsw32"
-    opened = Index(tmp_path / "graph")
-    model = load(built.run)
-    vectors = model.encode("image", [s.members["png"] for s in built.samples if "png" in s.members]).numpy()
-    texts = model.encode("text", [s.members["txt"] for s in built.samples if "txt" in s.members]).numpy()
-    assert manifest["quality"]["recall_at_10"] == pytest.approx(_shared(opened.index, vectors, texts, 10))
-    assert manifest["quality"]["queries"] == len(texts) == 29
-    assert opened.search("text", ["red"], top=3) == Index(built.index).search("text", ["red"], top=3)
-    monkeypatch.setattr(index_module, "_FLAT_BELOW", 30)
-    assert build_index(built.run, [built.shards], tmp_path / "flat")["type"] == "flat"
-
-
-def test_a_bad_graph_is_seen() -> None:
-    rng = np.random.default_rng(0)
-    vectors, queries = (rng.standard_normal((n, 16)).astype(np.float32) for n in (600, 40))
-    poor = faiss.IndexHNSWFlat(16, 2, faiss.METRIC_INNER_PRODUCT)
-    poor.hnsw.efConstruction = poor.hnsw.efSearch = 1
-    poor.add(vectors)  # pyright: ignore[reportCallIssue]
-    measured = index_module._recall(poor, vectors, queries)  # pyright: ignore[reportPrivateUsage]
-    assert measured == {"recall_at_10": pytest.approx(_shared(poor, vectors, queries, 10)), "queries": 40.0}
-    assert 0.01 < measured["recall_at_10"] < 0.9
+    for name, facts in manifest["segments"][0]["files"].items():
+        data = (built.index / "segment-000001" / name).read_bytes()
+        assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert set(manifest["segments"][0]["files"]) == {"vectors.npy", "rows.parquet", "queries.npy"}
 
 
 def test_an_index_that_is_there_is_replaced_only_when_asked(built: Built, tmp_path: Path) -> None:
@@ -218,7 +191,7 @@ def test_an_index_that_is_there_is_replaced_only_when_asked(built: Built, tmp_pa
         build_index(other, [built.shards], built.index)
     assert _one_sentence(error) and _files(built.index) == before
     build_index(other, [built.shards], built.index, overwrite=True)
-    assert _files(built.index).keys() == before.keys() and _files(built.index) != before
+    assert len(_files(built.index)) == len(before) and not _files(built.index).items() <= before.items()
     assert Index(built.index).manifest["model"] == str(other / "step-000001")
     assert {p.name for p in tmp_path.iterdir()} == {"other", "index"}
 
@@ -226,32 +199,9 @@ def test_an_index_that_is_there_is_replaced_only_when_asked(built: Built, tmp_pa
 def test_overwriting_deletes_nothing_but_an_index(built: Built) -> None:
     """`--overwrite` with a wrong folder must not cost a run."""
     before = sorted(p for p in built.run.rglob("*"))
-    with pytest.raises(ConfigError, match="holds more than an index, and --overwrite would delete it"):
+    with pytest.raises(ConfigError, match=r"holds more than an index \(assets\); choose another"):
         build_index(built.run, [built.shards], built.run, overwrite=True)
     assert sorted(p for p in built.run.rglob("*")) == before
-
-
-@pytest.mark.parametrize("where", ["faiss.write_index", "pyarrow.parquet.write_table", "json.dumps"])
-def test_a_crash_while_building_leaves_the_old_index(built: Built, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _files(built.index)
-
-    def crash(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(where, crash)
-        build_index(built.run, [built.shards], built.index, overwrite=True)
-    assert _files(built.index) == before and len(Index(built.index).search("text", ["red"])[0]) == 5
-    assert not [p for p in built.index.parent.iterdir() if p.suffix], "something half-made was left behind"
-
-
-def test_what_a_killed_build_left_is_no_obstacle(built: Built) -> None:
-    for end in (".old", ".tmp"):
-        shutil.copytree(built.index, built.index.with_name("index" + end))
-        (built.index.with_name("index" + end) / "junk").touch()
-    build_index(built.run, [built.shards], built.index, overwrite=True)
-    assert not [p for p in built.index.parent.iterdir() if p.suffix] and "junk" not in _files(built.index)
-    assert len(Index(built.index).search("text", ["red"])[0]) == 5
 
 
 def test_what_cannot_be_indexed_is_refused(built: Built, tmp_path: Path) -> None:
@@ -278,24 +228,44 @@ def _rewrite(folder: Path, **changes: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def _sign(folder: Path) -> None:
+def _entry(index: Path, **changes: Any) -> None:
+    """Change what the manifest says of the segment."""
+    entry = json.loads((index / "manifest.json").read_text())["segments"][0]
+    _rewrite(index, segments=[{k: v for k, v in (entry | changes).items() if v is not ...}])
+
+
+def _sign(folder: Path, **changes: Any) -> None:
     """Give changed files their hashes, as somebody would who means harm or well."""
-    names = ("index.faiss", "rows.parquet")
-    digest: Callable[[Path], str] = index_module._hash  # pyright: ignore[reportPrivateUsage]
-    _rewrite(folder, files={name: digest(folder / name) for name in names})
+    files = {p.name: describe(p) for p in _segment(folder).iterdir()}
+    _entry(folder, files=files, **changes)
+
+
+def _segment(folder: Path) -> Path:
+    return folder / "segment-000001"
 
 
 def _replace_rows(folder: Path, **columns: Any) -> None:
-    table = pq.read_table(folder / "rows.parquet").to_pydict() | columns
-    pq.write_table(pa.table(table), folder / "rows.parquet")
+    table = pq.read_table(_segment(folder) / "rows.parquet").to_pydict() | columns
+    pq.write_table(pa.table(table), _segment(folder) / "rows.parquet")
     _sign(folder)
 
 
-def _replace_vectors(folder: Path, n: int, d: int) -> None:
-    index = faiss.IndexFlatIP(d)
-    index.add(np.zeros((n, d), np.float32))  # pyright: ignore[reportCallIssue]
-    faiss.write_index(index, str(folder / "index.faiss"))
+def _fewer_rows(folder: Path, n: int) -> None:
+    path = _segment(folder) / "rows.parquet"
+    pq.write_table(pq.read_table(path).slice(0, n), path)
     _sign(folder)
+
+
+def _replace_vectors(folder: Path, array: Any) -> None:
+    np.save(_segment(folder) / "vectors.npy", array)
+    _sign(folder)
+
+
+def _replace_structure(folder: Path, n: int, d: int, metric: int = faiss.METRIC_INNER_PRODUCT) -> None:
+    index: Any = faiss.IndexFlat(d, metric)
+    index.add(np.zeros((n, d), np.float32))
+    faiss.write_index(index, str(_segment(folder) / "index.faiss"))
+    _sign(folder, type="IDMap,Flat")
 
 
 def _flip(path: Path) -> None:
@@ -304,40 +274,61 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def _no_faiss_file(folder: Path) -> None:
-    (folder / "index.faiss").write_bytes(b"no index at all")
-    _sign(folder)
+def _garbage(folder: Path, name: str, **changes: Any) -> None:
+    (_segment(folder) / name).write_bytes(b"nothing of the kind")
+    _sign(folder, **changes)
 
 
-def _no_parquet_file(folder: Path) -> None:
-    (folder / "rows.parquet").write_bytes(b"no table at all")
-    _sign(folder)
+def _files_of(folder: Path, **names: str) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["segments"][0]["files"]
+    _entry(folder, files={names.get(n.partition(".")[0], n): f for n, f in files.items()})
 
 
 CHANGES: list[tuple[Callable[[Path], object], str]] = [
-    (lambda f: _flip(f / "index.faiss"), "index.faiss has changed since the index was built"),
-    (lambda f: _flip(f / "rows.parquet"), "rows.parquet has changed since the index was built"),
-    (lambda f: (f / "index.faiss").unlink(), "the index is incomplete: .*index.faiss"),
-    (lambda f: (f / "rows.parquet").unlink(), "the index is incomplete: .*rows.parquet"),
+    (lambda f: _flip(_segment(f) / "vectors.npy"), "vectors.npy has changed since the index was written"),
+    (lambda f: _flip(_segment(f) / "rows.parquet"), "rows.parquet has changed since the index was written"),
+    (lambda f: (_segment(f) / "vectors.npy").unlink(), "the index is incomplete: .*vectors.npy"),
+    (lambda f: (_segment(f) / "rows.parquet").unlink(), "the index is incomplete: .*rows.parquet"),
+    (lambda f: shutil.rmtree(_segment(f)), "the index is incomplete"),
     (lambda f: (f / "manifest.json").unlink(), "is not an index"),
     (lambda f: (f / "manifest.json").write_text("{"), "is not an index"),
+    (lambda f: (f / "manifest.json").write_text("[" * 100_000), "is not an index"),
     (lambda f: (f / "manifest.json").write_text("[]"), "is not the manifest of an index"),
     (lambda f: (f / "manifest.json").write_text("null"), "is not the manifest of an index"),
-    (lambda f: _rewrite(f, files={}), "is not the manifest of an index"),
-    (lambda f: _rewrite(f, files=["index.faiss", "rows.parquet"]), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, segments=[]), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, segments=["segment-000001"]), "is not the manifest of an index"),
     (lambda f: _rewrite(f, quality=...), "is not the manifest of an index"),
-    (lambda f: _rewrite(f, shards="x"), "is not the manifest of an index"),
-    (lambda f: _rewrite(f, version=2), "has version 2, this one reads 1: upgrade mmcontrast"),
-    (lambda f: _rewrite(f, model_hash="0" * 16), "was made by the model 0000.*their spaces differ"),
+    (lambda f: _rewrite(f, sources="x"), "is not the manifest of an index"),
+    (lambda f: _entry(f, folder="../index/segment-000001"), "is not the manifest of an index"),
+    (lambda f: _entry(f, rows=-1), "is not the manifest of an index"),
+    (lambda f: _entry(f, effort={"probe": 1}), "is not the manifest of an index"),
+    (lambda f: _entry(f, effort={"probe": "1", "rerank": 1}), "is not the manifest of an index"),
+    (lambda f: _entry(f, files={}), "is not the manifest of an index"),
+    (lambda f: _files_of(f, queries="../../model.safetensors"), "is not the manifest of an index"),
+    (lambda f: _rewrite(f, version=3), "has version 3, this one reads 2: upgrade mmcontrast"),
+    (lambda f: _rewrite(f, version=1), "has version 1, .*build it again"),
+    (lambda f: _rewrite(f, model_hash="0" * 16), "was made with model_hash 0000.*their spaces differ"),
+    (lambda f: _rewrite(f, preprocessing={}), "was made with preprocessing {}, .*their spaces differ"),
+    (lambda f: _rewrite(f, normalisation="none"), "was made with normalisation none, .*their spaces differ"),
+    (lambda f: _rewrite(f, metric="L2"), "scores by 'L2', searches by 'inner product'"),
     (lambda f: _rewrite(f, model="/gone/step-000001"), "needs the model /gone/.*say where with --model"),
     (lambda f: _rewrite(f, dim=9), "do not belong together"),
     (lambda f: _rewrite(f, count=3), "do not belong together"),
-    (lambda f: _replace_rows(f, position=["0"] * 29), "do not belong together"),
-    (lambda f: _replace_rows(f, extra=[1] * 29), "do not belong together"),
-    (lambda f: _replace_vectors(f, 28, 8), "do not belong together"),
-    (lambda f: _replace_vectors(f, 29, 4), "do not belong together"),
-    (_no_faiss_file, "cannot be read"),
-    (_no_parquet_file, "cannot be read"),
+    (lambda f: _entry(f, rows=3), "do not belong together"),
+    (lambda f: _entry(f, type="HNSW32"), "do not belong together"),
+    (lambda f: _fewer_rows(f, 28), "do not belong together"),
+    (lambda f: _replace_rows(f, extra=[[1]] * 29), "has other columns than an index has"),
+    (lambda f: _replace_vectors(f, np.zeros((28, 8), "<f4")), "do not belong together"),
+    (lambda f: _replace_vectors(f, np.zeros((29, 4), "<f4")), "do not belong together"),
+    (lambda f: _replace_vectors(f, np.zeros((29, 8), "<f8")), "is no .npy of vectors"),
+    (lambda f: _replace_vectors(f, np.array([{}] * 29, object)), "is no .npy of vectors"),
+    (lambda f: _replace_structure(f, 28, 8), "do not belong together"),
+    (lambda f: _replace_structure(f, 29, 4), "do not belong together"),
+    (lambda f: _replace_structure(f, 29, 8, faiss.METRIC_L2), "does not score by the inner product"),
+    (lambda f: _garbage(f, "index.faiss", type="HNSW32"), "cannot be read"),
+    (lambda f: _garbage(f, "rows.parquet"), "cannot be read"),
+    (lambda f: _garbage(f, "vectors.npy"), "is no .npy of vectors"),
+    (lambda f: _garbage(f, "deleted-000002.npy"), "cannot be read"),
 ]
 
 
