@@ -161,10 +161,10 @@ def _listen(pipes: Sequence[Any], add: Callable[[int], None]) -> None:
 
     open_pipes = list(pipes)
     while open_pipes:
-        for pipe in wait(open_pipes):
-            assert not isinstance(pipe, int)
+        ready: list[Any] = [*wait(open_pipes)]
+        for pipe in ready:
             try:
-                said = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                said = pipe.recv()
             except EOFError:
                 said = "it was killed, perhaps because memory ran out; start again, and it goes on from here"
             if isinstance(said, str):

@@ -196,7 +196,7 @@ class Segment:
         effort = effort or self.effort
         wanted = min(left, k * effort.rerank)
         # Of the rows that are visited, only a share is allowed: visit as many more.
-        probe = -(-effort.probe * len(self) // max(1, left))
+        probe = min(len(self), -(-effort.probe * len(self) // max(1, left)))
         parameters = search_parameters(self.structure, probe, wanted, mask)
         scores, found = self.structure.search(queries, max(1, wanted), params=parameters)
         found[(found < 0) | (found >= len(self))] = -1

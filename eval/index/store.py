@@ -178,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
         raise ConfigError(f"{path} has version {version}, this one reads {VERSION}: upgrade mmcontrast")
-    if version == 1:
+    if version == 1 and "quality" in manifest:
         raise ConfigError(f"{path} has version 1, which only the mmcontrast that built it reads; build it again")
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
     if wrong or not manifest["segments"] or not all(map(_is_segment, manifest["segments"])):
