@@ -25,7 +25,8 @@ class Embedded:
 
     Attributes:
         z: modality -> [n_m, D] float32 on the CPU, the samples that have it.
-        rows: modality -> [n_m] int64, ascending places in `keys`.
+        rows: modality -> [n_m] int64, ascending places in `keys`; one comes several times if a sample has several, such
+            as captions.
         keys: [n] sample keys.
         positions: [n] int64 places in the shards.
         meta: [n] metadata objects.
@@ -44,14 +45,42 @@ class Embedded:
     reader: Reader
     facts: Mapping[str, float] = field(default_factory=dict[str, float])
 
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, where the data come with a list of them."""
+        return ()
+
+    @property
+    def templates(self) -> Sequence[str]:
+        """Prompts with {c} for the class name, where the data come with some."""
+        return ()
+
+    def names_of(self, rows: Tensor) -> list[str]:
+        """Names of some rows' samples; each sample has its own, the same for every model."""
+        listed: list[int] = rows.tolist()
+        return [f"{self.keys[row]} ({int(self.positions[row])})" for row in listed]
+
+    def having(self, *modalities: str) -> Tensor:
+        """Rows that have all of the modalities, ascending."""
+        rows = torch.arange(len(self.keys))
+        for modality in modalities:
+            rows = rows[torch.isin(rows, self.rows.get(modality, torch.zeros(0, dtype=torch.int64)))]
+        return rows
+
+    def items_of(self, modality: str, rows: Tensor) -> Tensor:
+        """Places in z[modality] of what some rows have of it, in their order."""
+        return torch.isin(self.rows[modality], rows).nonzero()[:, 0]
+
     def paired(self, x: str, y: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that have both modalities, and both embeddings of them: [p], [p, D], [p, D]."""
-        for modality in (x, y):
-            if modality not in self.rows:
-                return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), torch.zeros(0, 0)
-        both = self.rows[x][torch.isin(self.rows[x], self.rows[y])]
-        z = [self.z[m][torch.searchsorted(self.rows[m], both)] for m in (x, y)]
-        return both, z[0], z[1]
+        """All pairs of the two modalities within a sample: its row and both embeddings, [p], [p, D], [p, D]."""
+        both = self.having(x, y)
+        if not len(both):
+            return both, torch.zeros(0, 0), torch.zeros(0, 0)
+        mine = self.items_of(x, both)
+        start, stop = (torch.searchsorted(self.rows[y], self.rows[x][mine], right=right) for right in (False, True))
+        i = torch.arange(len(mine)).repeat_interleave(stop - start)
+        place = torch.arange(len(i)) - ((stop - start).cumsum(0) - (stop - start))[i]
+        return self.rows[x][mine[i]], self.z[x][mine[i]], self.z[y][start[i] + place]
 
 
 class _Chunks(Dataset[tuple[Batch, list[Example]]]):
@@ -142,11 +171,6 @@ def has(shards: ShardSet, model: MultiEncoder, modality: str) -> bool:
         ConfigError: the model does not have the modality.
     """
     return any(shards.counts.get(e) for e in FORMATS[model.encoder(modality).kind])
-
-
-def fields_of(meta: Sequence[Mapping[str, Any]]) -> str:
-    """Names of the metadata fields, for messages."""
-    return ", ".join(sorted({name for m in meta[:100] for name in m})) or "none"
 
 
 def _watched(loader: Any, total: int, progress: bool) -> Iterator[tuple[Batch, list[Example]]]:

@@ -5,41 +5,45 @@ Letters: n pairs, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.statistics import mean
+from mmcontrast.eval.task import EmbeddedTask, groups_of
 
 
-class Geometry(Configurable):
+class Geometry(EmbeddedTask):
     """The modality gap (Liang et al. 2022, arXiv:2203.02053), measured as by Fahim et al. 2024 (arXiv:2405.18570)."""
 
     @dataclass(kw_only=True)
-    class Config(Configurable.Config):
+    class Config(EmbeddedTask.Config):
         """Where to look."""
 
-        data: tuple[str, ...]
-        """Shards with pairs."""
         pair: tuple[str, str] = ("image", "text")
         """The two modalities."""
         t: float = 2.0
         """Sharpness of uniformity."""
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         if config.t <= 0:
             raise ConfigError(f"geometry t is {config.t}; it must be above 0")
         self.config = config
 
-    def run(self, model: MultiEncoder) -> dict[str, float | None]:
-        """Embed and measure; the metrics of `score`."""
-        return self.score(embed(model, self.config.data, modalities=self.config.pair))
+    def modalities(self) -> Sequence[str]:
+        """Both of the pair."""
+        return self.config.pair
 
-    def score(self, data: Embedded) -> dict[str, float | None]:
+    def score(self, model: MultiEncoder, data: Embedded) -> Result:
         """Measures of the n pairs, each pair once.
 
         - centroid_distance: |mean x - mean y|, 0 without a gap, at most 2.
@@ -61,18 +65,20 @@ class Geometry(Configurable):
         matched = (zx * zy).sum(1)
         across, mismatched = _spread(zx, zy, self.config.t)
         found: dict[str, float | None] = {
-            "samples": float(len(rows)),
             "centroid_distance": float((zx.mean(0) - zy.mean(0)).norm()),
             "linear_separability": _separability(zx, zy),
-            "matched_cosine": float(matched.mean()),
             "mismatched_cosine": mismatched,
-            "alignment": float((2 - 2 * matched).mean()),
             "cross_uniformity": across,
         }
         for name, z in ((x, zx), (y, zy)):
             found[f"uniformity_{name}"], found[f"cosine_within_{name}"] = _spread(z, z, self.config.t)
             found[f"effective_rank_{name}"] = _effective_rank(z)
-        return found
+        items = Items(
+            data.names_of(rows),
+            {"matched_cosine": mean(matched.numpy()), "alignment": mean((2 - 2 * matched).numpy())},
+            groups_of(data.meta, rows.tolist(), self.config.bootstrap_by),
+        )
+        return Result("geometry", [items], facts=found, counts={"samples": len(rows)})
 
 
 def _spread(a: Tensor, b: Tensor, t: float, *, chunk: int = 1024) -> tuple[float, float]:

@@ -5,22 +5,25 @@ Letters: q queries, n candidates, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.config import ConfigError
 from mmcontrast.data.compose import Compose
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed, fields_of
-from mmcontrast.eval.statistics import bootstrap, chance_recall
+from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.ranks import rank
+from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.statistics import chance_recall, mean
+from mmcontrast.eval.task import Task, fields_of, groups_of
 
 
-class Joint(Configurable):
+class Joint(Task):
     """Accuracy of the nearest candidates, given all other modalities (Saporta et al. 2024, arXiv:2411.01053, sec. 5).
 
     The score "product" is Symile's: the inner product of a candidate with the elementwise product of the known
@@ -28,11 +31,9 @@ class Joint(Configurable):
     """
 
     @dataclass(kw_only=True)
-    class Config(Configurable.Config):
+    class Config(Task.Config):
         """What is asked, of which data."""
 
-        data: tuple[str, ...]
-        """Shards of the samples, or of the anchors where examples are composed."""
         compose: Compose.Config = field(default_factory=Compose.Config)
         """How an example is made of samples."""
         candidate: str = "image"
@@ -46,6 +47,8 @@ class Joint(Configurable):
         draws: int = 1
         """Queries per sample, where examples are composed: each another draw, the same ones whenever asked."""
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
         if config.draws < 1:
             raise ConfigError(f"joint draws is {config.draws}; it must be at least 1")
@@ -53,8 +56,8 @@ class Joint(Configurable):
             raise ConfigError(f"joint known is {config.known}; name modalities other than {config.candidate!r}")
         self.config = config
 
-    def run(self, model: MultiEncoder) -> dict[str, float | None]:
-        """Embed the candidates once and the queries `draws` times; the metrics of `score`."""
+    def answer(self, model: MultiEncoder) -> Result:
+        """Embed the candidates once and the queries `draws` times; the result of `score`."""
         c = self.config
         candidates = embed(model, c.data, modalities=[c.candidate], compose=c.compose)
         draws = range(c.draws)
@@ -62,8 +65,8 @@ class Joint(Configurable):
             candidates, [embed(model, c.data, modalities=c.known, compose=c.compose, draw=d) for d in draws]
         )
 
-    def score(self, candidates: Embedded, queries: Sequence[Embedded]) -> dict[str, float | None]:
-        """acc1 and acc5 with 95 % intervals over samples, what chance reaches, what is known of the data, and counts.
+    def score(self, candidates: Embedded, queries: Sequence[Embedded]) -> Result:
+        """acc1 and acc5 over samples, what chance reaches, and what is known of the data.
 
         A wrong candidate that ties with the best right one stands before it, so equal embeddings do not score.
 
@@ -77,33 +80,40 @@ class Joint(Configurable):
         numbers = {name: k for k, name in enumerate(sorted(set(wanted)))}
         right = torch.tensor([numbers[name] for name in wanted])  # [n]
         counts = np.bincount(right.numpy())
-        ranks: dict[int, list[float]] = {}  # a sample's position -> of each of its draws
+        ranks: dict[str, list[int]] = {}  # a sample -> of each of its draws
+        named: dict[str, Mapping[str, Any]] = {}
         positives: list[int] = []
         for draw in queries:
             rows, z = _together(draw, c.known)
             names = _labels(draw, rows, c.label)
             asked = [i for i, name in enumerate(names) if name in numbers]
             labels = torch.tensor([numbers[names[i]] for i in asked], dtype=torch.int64)
-            found = _ranks(_bring_together(z, c.score)[asked], candidates.z[c.candidate], labels, right)
+            if not asked:
+                continue
+            found = rank(_bring_together(z, c.score)[asked], candidates.z[c.candidate], labels, right)
             positives += counts[labels.numpy()].tolist()
-            for i, rank in zip(asked, found.tolist(), strict=True):
-                ranks.setdefault(int(draw.positions[rows[i]]), []).append(rank)
+            for i, place in zip(asked, found.best.tolist(), strict=True):
+                row = int(rows[i])
+                (name,) = draw.names_of(rows[i : i + 1])
+                named[name] = draw.meta[row]
+                ranks.setdefault(name, []).append(place)
         if not ranks:
             raise ConfigError(f"no sample has all of {', '.join(c.known)} and a right candidate: nothing is asked")
-        metrics: dict[str, float | None] = {}
-        for k in (1, 5):
-            # By sample: the draws of one sample are not independent questions.
-            hits = [float(np.mean([rank < k for rank in of_sample])) for of_sample in ranks.values()]
-            low, high = bootstrap(hits)
-            metrics |= {f"acc{k}": float(np.mean(hits)), f"acc{k}_low": low, f"acc{k}_high": high}
-            metrics[f"chance@{k}"] = chance_recall(len(right), positives, k)
-        return metrics | {
-            **candidates.facts,
-            "queries": float(len(positives)),
-            "samples": float(len(ranks)),
-            "candidates": float(len(right)),
-            "classes": float(len(numbers)),
-        }
+        # By sample: the draws of one sample are not independent questions.
+        hits = {k: [float(np.mean([place < k for place in of_sample])) for of_sample in ranks.values()] for k in (1, 5)}
+        groups = groups_of(list(named.values()), range(len(named)), c.bootstrap_by)
+        return Result(
+            "joint_retrieval",
+            [Items(list(ranks), {f"acc{k}": mean(values) for k, values in hits.items()}, groups)],
+            facts=dict(candidates.facts),
+            chance={f"chance@{k}": chance_recall(len(right), positives, k) for k in hits},
+            counts={
+                "queries": len(positives),
+                "samples": len(ranks),
+                "candidates": len(right),
+                "classes": len(numbers),
+            },
+        )
 
 
 def _labels(data: Embedded, rows: Tensor, label: str | None) -> list[str]:
@@ -120,9 +130,7 @@ def _labels(data: Embedded, rows: Tensor, label: str | None) -> list[str]:
 
 def _together(data: Embedded, modalities: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """Rows that have all of the modalities [q], and their embeddings, [q, D] each."""
-    rows = torch.arange(len(data.keys))
-    for modality in modalities:
-        rows = rows[torch.isin(rows, data.rows.get(modality, torch.zeros(0, dtype=torch.int64)))]
+    rows = data.having(*modalities)
     if not len(rows):
         return rows, [torch.zeros(0, 1)]
     return rows, [data.z[m][torch.searchsorted(data.rows[m], rows)] for m in modalities]
@@ -132,15 +140,3 @@ def _bring_together(z: Sequence[Tensor], score: Literal["product", "sum"]) -> Te
     """[q, D]: what a candidate's inner product with is the score."""
     stacked = torch.stack(list(z))
     return stacked.prod(0) if score == "product" else stacked.sum(0)
-
-
-def _ranks(queries: Tensor, candidates: Tensor, wanted: Tensor, labels: Tensor, *, chunk: int = 1024) -> Tensor:
-    """[q]: how many wrong candidates stand before the best right one; holds [chunk, n] scores at most."""
-    ranks = [torch.zeros(0, dtype=torch.int64)]
-    for start in range(0, len(queries), chunk):
-        scores = queries[start : start + chunk] @ candidates.T
-        right = wanted[start : start + chunk, None] == labels
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        # "not below" instead of "at least": an embedding that is not a number must not win.
-        ranks.append((~(scores < best) & ~right).sum(1))
-    return torch.cat(ranks)

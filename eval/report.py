@@ -3,99 +3,29 @@
 from __future__ import annotations
 
 import base64
-import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path
-from typing import Any
 
-from mmcontrast.checkpoint import find_checkpoint, load_checkpoint
-from mmcontrast.config import ConfigError
-from mmcontrast.eval.embed import embed, has
-from mmcontrast.eval.geometry import Geometry
+from mmcontrast.eval.answer import Answer
 from mmcontrast.eval.index import Hit, Index
-from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
-from mmcontrast.eval.zero_shot import ZeroShot
-from mmcontrast.shards import open_shards
-
-_TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval", "geometry": "geometry"}
 
 
-def answer(
-    model_path: Path,
-    datasets: Sequence[str],
-    *,
-    tasks: Sequence[str],
-    label: str = "label",
-    templates: Sequence[str] = ("{c}",),
-    pair: tuple[str, str] = ("image", "text"),
-    group: str | None = None,
-    trust: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """Every task on every data set, each embedded once; objects with CLIP_benchmark's keys.
-
-    A task that a data set cannot answer (no labels, say) is left out if the other one can; if none can, that
-    is an error.
-
-    Raises:
-        ConfigError: a model or shards that cannot be read, or a data set that answers no task.
-    """
-    checkpoint = find_checkpoint(model_path)
-    model = load_checkpoint(checkpoint, trust=trust)
-    results: list[dict[str, Any]] = []
-    for dataset in datasets:
-        needed = pair[:1] if set(tasks) == {"zero_shot"} else pair
-        zero_shot = ZeroShot.Config(
-            data=(dataset,),
-            modality=pair[0],
-            prompt_modality=pair[1],
-            label=label,
-            templates=tuple(templates),
-        )
-        retrieval = Retrieval.Config(data=(dataset,), pair=pair, group=group)
-        # Without those that no sample has: pictures with labels alone can still be classified.
-        opened = open_shards([dataset])
-        data = embed(model, opened, modalities=[m for m in needed if has(opened, model, m)] or needed)
-        problems: list[str] = []
-        for task in tasks:
-            try:
-                if task == "zero_shot":
-                    metrics = ZeroShot(zero_shot).score(model, data)
-                elif task == "geometry":
-                    metrics = Geometry(Geometry.Config(data=(dataset,), pair=pair)).score(data)
-                else:
-                    metrics = clip_benchmark_names(Retrieval(retrieval).score(data), retrieval.k)
-            except ConfigError as error:
-                problems.append(f"{dataset}: {task} left out: {error}")
-                continue
-            results.append(
-                {
-                    "dataset": dataset,
-                    "model": str(model_path),
-                    "pretrained": checkpoint.name,
-                    "task": _TASKS[task],
-                    "metrics": metrics,
-                    "language": None,
-                    "skipped": [list(s) for s in data.skipped],
-                }
-            )
-        if len(problems) == len(tasks):
-            raise ConfigError("; ".join(problems))
-        for problem in problems:
-            print(problem, file=sys.stderr)
-    return results
-
-
-def as_table(results: Sequence[dict[str, Any]]) -> str:
-    """Results in columns, one metric a line."""
+def as_table(answers: Sequence[Answer]) -> str:
+    """Results in columns, one metric a line, with its interval and, against another model, its difference."""
     lines: list[str] = []
-    for result in results:
-        lines.append(f"{result['dataset']}  {result['task']}")
-        for name, value in result["metrics"].items():
-            if not name.endswith(("_low", "_high")) and not name.startswith(("image_retrieval", "text_retrieval")):
-                low, high = (result["metrics"].get(f"{name}_{end}") for end in ("low", "high"))
-                interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
-                lines.append(f"  {name:32s} {_number(value)}{interval}")
+    for answer in answers:
+        lines.append(f"{answer.dataset}  {answer.task}  {answer.model.name}")
+        other, differences = answer.against or ("", {})
+        for name, metric in answer.result.metrics.items():
+            interval = "" if metric.low is None else f"  [{_number(metric.low)}, {_number(metric.high)}]"
+            line = f"  {name:32s} {_number(metric.value)}{interval}"
+            if name in differences:
+                d = differences[name]
+                line += f"   {d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}] against {other}"
+            lines.append(line)
+        numbers = [*answer.result.chance.items(), *answer.result.counts.items()]
+        lines += [f"  {name:32s} {_number(value)}" for name, value in numbers]
+        lines += [f"  note: {warning}" for warning in answer.result.warnings]
     return "\n".join(lines)
 
 

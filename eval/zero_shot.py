@@ -1,91 +1,147 @@
 """Zero-shot classification: name the class of a sample by the nearest prompt.
 
-Letters: n samples, C classes, D dimensions.
+Letters: n samples, C classes, P prompts, D dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.config import ConfigError, suggest
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed, fields_of
-from mmcontrast.eval.statistics import bootstrap
+from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.ranks import rank
+from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.statistics import Statistic, mean, mean_of_classes
+from mmcontrast.eval.task import EmbeddedTask, fields_of, groups_of
 
 
-class ZeroShot(Configurable):
+class ZeroShot(EmbeddedTask):
     """Zero-shot classification with templates (CLIP, Radford et al. 2021, arXiv:2103.00020, sec. 3.1)."""
 
     @dataclass(kw_only=True)
-    class Config(Configurable.Config):
+    class Config(EmbeddedTask.Config):
         """What is classified, against which names."""
 
-        data: tuple[str, ...]
-        """Shards whose samples carry a label."""
         modality: str = "image"
         """What is classified."""
         prompt_modality: str = "text"
         """What the class names are encoded as."""
         label: str = "label"
-        """Metadata field with the class name."""
-        templates: tuple[str, ...] = ("{c}",)
-        """Prompts, each with {c} for the class name; a class is the mean of their embeddings."""
+        """Metadata field with the class: its name, or its place in `classes`, from 0."""
+        classes: tuple[str, ...] = ()
+        """Names of all classes; without any, those that the data name or, at last, those that samples have."""
+        templates: tuple[str, ...] = ()
+        """Prompts, each with {c} for the class name; without any, those of the data, or the bare name."""
+        prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+        """Class -> its own prompts, instead of the templates."""
+        block: int = 4096
+        """Samples that are scored at once: memory is 4 bytes for each of them and each class."""
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         for template in config.templates:
             if "{c}" not in template:
                 raise ConfigError(f"the template {template!r} lacks {{c}}, the place of the class name")
-        if not config.templates:
-            raise ConfigError("zero-shot classification needs at least one template, such as '{c}'")
+        for name, prompts in config.prompts.items():
+            if not prompts:
+                raise ConfigError(f"the class {name!r} has an empty list of prompts; give it one, or leave it out")
+            if config.classes and name not in config.classes:
+                raise ConfigError(f"prompts are given for {name!r}, which is no class{suggest(name, config.classes)}")
         self.config = config
 
-    def run(self, model: MultiEncoder) -> dict[str, float | None]:
-        """Embed and classify; the metrics of `score`."""
-        return self.score(model, embed(model, self.config.data, modalities=[self.config.modality]))
+    def modalities(self) -> Sequence[str]:
+        """What is classified; prompts are encoded by `score`."""
+        return [self.config.modality]
 
-    def score(self, model: MultiEncoder, data: Embedded) -> dict[str, float | None]:
-        """acc1, acc5 (null below five classes) and mean_per_class_recall, chance, counts and a 95 % interval.
+    def score(self, model: MultiEncoder, data: Embedded) -> Result:
+        """Over the n samples with a label, see below.
 
-        A class name that ties with the right one counts as wrong, so equal embeddings do not score.
+        - acc1, acc5 (undefined below five classes): the right class is the nearest, or among the five nearest.
+        - mean_per_class_recall: acc1 of each class that has samples, averaged.
+
+        A class that ties with the right one stands before it, so equal embeddings do not score.
 
         Raises:
-            ConfigError: no sample has the modality, or none carries a label.
+            ConfigError: no sample has the modality or carries a label, or a label is no class.
         """
         c = self.config
         if c.modality not in data.rows:
             raise ConfigError(f"no sample has the modality {c.modality!r}: there is nothing to classify")
-        names = [data.meta[int(row)].get(c.label) for row in data.rows[c.modality]]
-        labelled = [i for i, name in enumerate(names) if name is not None]
+        labels = [data.meta[row].get(c.label) for row in data.rows[c.modality].tolist()]
+        labelled = [i for i, name in enumerate(labels) if name is not None]
         if not labelled:
             raise ConfigError(f"no sample has the label {c.label!r} in its metadata; fields: {fields_of(data.meta)}")
-        classes = sorted({str(names[i]) for i in labelled})
-        number = {name: k for k, name in enumerate(classes)}
-        truth = torch.tensor([number[str(names[i])] for i in labelled])
-        scores = data.z[c.modality][labelled] @ class_embeddings(model, c.prompt_modality, classes, c.templates).T
-        right = scores.gather(1, truth[:, None])
-        # How many other classes are not less near; so written, a score that is not a number never wins.
-        rank = (~(scores < right)).sum(1) - 1
-        hit1, hit5 = (rank < 1).double(), (rank < 5).double()
-        per_class = torch.stack([hit1[truth == k].mean() for k in range(len(classes))])
-        low, high = bootstrap(hit1)
-        return {
-            "acc1": float(hit1.mean()),
-            "acc1_low": low,
-            "acc1_high": high,
-            "acc5": float(hit5.mean()) if len(classes) >= 5 else None,
-            "mean_per_class_recall": float(per_class.mean()),
-            "chance": 1 / len(classes),
-            "classes": float(len(classes)),
-            "samples": float(len(labelled)),
-        }
+        classes = list(c.classes or data.classes) or sorted({str(labels[i]) for i in labelled})
+        truth = torch.tensor(_numbers([labels[i] for i in labelled], classes, data.keys))
+        prompts = [c.prompts.get(name) or self._prompts(name, data.templates) for name in classes]
+        prototypes = class_embeddings(model, c.prompt_modality, prompts)
+        found = rank(data.z[c.modality][labelled], prototypes, truth, torch.arange(len(classes)), block=c.block)
+        hit1, hit5 = ((found.best < k).double().numpy() for k in (1, 5))
+        statistics: dict[str, Statistic] = {"acc1": mean(hit1)}
+        if len(classes) >= 5:
+            statistics["acc5"] = mean(hit5)
+        statistics["mean_per_class_recall"] = mean_of_classes(hit1, truth.numpy())
+        rows = data.rows[c.modality][labelled]
+        return Result(
+            "zeroshot_classification",
+            [Items(data.names_of(rows), statistics, groups_of(data.meta, rows.tolist(), c.bootstrap_by))],
+            chance={"chance": 1 / len(classes)},
+            counts={"classes": len(classes), "samples": len(rows)},
+            undefined=() if len(classes) >= 5 else ("acc5",),
+            warnings=_warnings(classes, prompts, np.bincount(truth.numpy(), minlength=len(classes)).tolist()),
+        )
+
+    def _prompts(self, name: str, templates: Sequence[str]) -> Sequence[str]:
+        return [template.replace("{c}", name) for template in self.config.templates or templates or ("{c}",)]
 
 
-def class_embeddings(model: MultiEncoder, modality: str, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """[C, D] unit norm: the mean over templates of each class's prompts."""
-    prompts = [template.replace("{c}", name) for name in classes for template in templates]
-    z = model.encode(modality, prompts).view(len(classes), len(templates), -1).mean(1)
-    return torch.nn.functional.normalize(z, dim=-1)
+def class_embeddings(model: MultiEncoder, modality: str, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """[C, D] unit norm: the mean of each class's prompts [C][P]; a prompt of several classes is encoded once."""
+    places: dict[str, int] = {}
+    for text in (text for texts in prompts for text in texts):
+        places.setdefault(text, len(places))
+    z = model.encode(modality, list(places))
+    means = torch.stack([z[[places[text] for text in texts]].mean(0) for texts in prompts])
+    return torch.nn.functional.normalize(means, dim=-1)
+
+
+def _numbers(labels: Sequence[object], classes: Sequence[str], keys: Sequence[str]) -> list[int]:
+    """Labels -> places in `classes`."""
+    places: Mapping[str, int] = {name: place for place, name in reversed(list(enumerate(classes)))}
+    found: list[int] = []
+    for label in labels:
+        if isinstance(label, int) and not isinstance(label, bool) and str(label) not in places:
+            if not 0 <= label < len(classes):
+                raise ConfigError(f"a sample has the label {label}; there are {len(classes)} classes, from 0")
+            found.append(label)
+        elif str(label) in places:
+            found.append(places[str(label)])
+        else:
+            raise ConfigError(
+                f"a sample has the label {label!r}, which is no class{suggest(str(label), classes)[:400]}"
+            )
+    return found
+
+
+def _warnings(classes: Sequence[str], prompts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[str]:
+    """What makes a score say less than it seems to."""
+    by_prompts: dict[tuple[str, ...], list[str]] = {}
+    for name, texts in zip(classes, prompts, strict=True):
+        by_prompts.setdefault(tuple(" ".join(text.lower().split()) for text in texts), []).append(name)
+    said = [
+        f"{len(names)} classes have the same prompts ({', '.join(map(repr, names[:3]))}): none of them can be found"
+        for names in by_prompts.values()
+        if len(names) > 1
+    ]
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if empty:
+        listed = ", ".join(map(repr, empty[:5])) + (" …" if len(empty) > 5 else "")
+        said.append(f"{len(empty)} of {len(classes)} classes have no sample: {listed}")
+    return said

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -69,9 +69,11 @@ def evaluate(
     data: Positional[tuple[str, ...]] = (),
     tasks: tuple[Literal["zero_shot", "retrieval", "geometry"], ...] = ("zero_shot", "retrieval"),
     label: str = "label",
-    templates: tuple[str, ...] = ("{c}",),
+    templates: tuple[str, ...] = (),
     pair: tuple[str, str] = ("image", "text"),
     group: str | None = None,
+    bootstrap_by: str | None = None,
+    against: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -82,26 +84,37 @@ def evaluate(
         data: folders with shards, globs or ranges; each is a data set of its own. None: the evaluators of the recipe.
         tasks: questions to ask.
         label: metadata field with the class name, for zero_shot.
-        templates: prompts with {c} for the class name.
+        templates: prompts with {c} for the class name; without any, the bare name.
         pair: the modalities of retrieval and geometry; the first one is what zero_shot classifies.
         group: metadata field whose equal values are right answers to each other in retrieval.
+        bootstrap_by: metadata field, such as patient: intervals are over its values instead of single samples.
+        against: another model, asked the same and compared item by item.
         json_file: also write the results here, one object per data set and task.
         trust: modules or .py files whose classes the run's config may name.
     """
-    from mmcontrast.eval.report import answer, as_table
+    from mmcontrast.eval.answer import Questions, answer, answer_again, load_asked
+    from mmcontrast.eval.report import as_table
 
     if not data:
-        from mmcontrast.eval.recipe import answer_again
-
-        results = answer_again(model, trust=trust)
+        if against is not None:
+            raise ConfigError("--against needs data: mmcontrast eval MODEL DATA… --against OTHER")
+        answers = answer_again(model, trust=trust)
     elif not tasks:
         raise ConfigError("eval needs at least one task: mmcontrast eval MODEL DATA… --tasks zero_shot")
     else:
-        results = answer(
-            model, data, tasks=tasks, label=label, templates=templates, pair=pair, group=group, trust=trust
-        )
-    print(as_table(results))
-    write_json(json_file, results)
+        common: dict[str, Any] = {"bootstrap_by": bootstrap_by}
+        settings: dict[str, dict[str, Any]] = {
+            "zero_shot": common
+            | {"modality": pair[0], "prompt_modality": pair[1], "label": label, "templates": templates},
+            "retrieval": common | {"pair": pair, "group": group},
+            "geometry": common | {"pair": pair},
+        }
+        models = [load_asked(path, trust=trust) for path in (model, against) if path is not None]
+        answers, problems = answer(models, data, Questions(tasks, settings))
+        for problem in problems:
+            print(problem, file=sys.stderr)
+    print(as_table(answers))
+    write_json(json_file, [a.to_json() for a in answers])
 
 
 def caption(

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from mmcontrast import load
+from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
+from mmcontrast.eval import answer as answering
+from mmcontrast.eval.answer import Answer, Questions, load_asked
 from mmcontrast.eval.embed import Embedded, embed
-from mmcontrast.eval.report import answer, as_table
-from mmcontrast.eval.retrieval import Retrieval, best_ranks, clip_benchmark_names
-from mmcontrast.eval.statistics import bootstrap, chance_recall
+from mmcontrast.eval.report import as_table
+from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
+from mmcontrast.eval.statistics import chance_recall, mean
 from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
 from mmcontrast.shard_writer import Sample
 from tests import tiny
@@ -56,6 +60,17 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     shards = tiny.write_shards(folder / "shards", samples, per_shard=16)
     model = load(run)
     return Asked(run, model, samples, shards, embed(model, [shards]))
+
+
+def answer(run: Path, datasets: Sequence[str], *, tasks: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+    """As the command asks, but for what it prints."""
+    pair = settings.pop("pair", ("image", "text"))
+    own: dict[str, dict[str, Any]] = {
+        "zero_shot": {"modality": pair[0], "prompt_modality": pair[1], **settings},
+        "retrieval": {"pair": pair},
+    }
+    answers, _ = answering.answer([load_asked(run)], datasets, Questions(tasks, own))
+    return [a.to_json() for a in answers]
 
 
 def _with_random_embeddings(data: Embedded, seed: int) -> Embedded:
@@ -143,7 +158,7 @@ def _slow_retrieval(
 def test_retrieval_equals_counting(asked: Asked, group: str | None, seed: int) -> None:
     data = _with_random_embeddings(asked.data, seed)
     ks = (1, 3, 10)
-    got = Retrieval.Config(data=(), group=group, k=ks).build().score(data)
+    got = Retrieval.Config(data=(), group=group, k=ks).build().score(asked.model, data).flat()
     want = _slow_retrieval(asked.samples, data, group, ks)
     assert {name: got[name] for name in want} == pytest.approx(want, abs=1e-12)
     assert 0 < want["image_to_text_recall@3"] < 1, "nothing is told apart"
@@ -160,11 +175,11 @@ def test_retrieval_chance_is_what_random_orders_reach(asked: Asked) -> None:
     got: dict[str, float | None] = {}
     for _ in range(rounds):
         z = {m: torch.randn(tuple(t.shape), generator=g) for m, t in asked.data.z.items()}
-        got = retrieval.score(replace(asked.data, z=z))
+        got = retrieval.score(asked.model, replace(asked.data, z=z)).flat()
         for k in total:
             total[k] += (got[f"image_to_text_recall@{k}"] or 0) / rounds
-    for k, mean in total.items():
-        assert mean == pytest.approx(got[f"chance@{k}"], abs=0.05)
+    for k, average in total.items():
+        assert average == pytest.approx(got[f"chance@{k}"], abs=0.05)
     assert total[1] > 0.2, "groups have no effect on chance"
 
 
@@ -179,24 +194,14 @@ def test_chance_of_random_orders(n: int, k: int, p: int) -> None:
     assert chance_recall(n, [p, 1], k) == pytest.approx((got + chance_recall(n, [1], k)) / 2)
 
 
-def test_ranks_do_not_depend_on_the_chunk() -> None:
-    g = torch.Generator().manual_seed(0)
-    x, y = (torch.randint(-2, 3, (50, 4), generator=g).float() for _ in range(2))
-    labels = torch.randint(0, 20, (50,), generator=g)
-    whole = best_ranks(x, y, labels)
-    assert whole.min() == 0 and whole.max() > 5
-    for chunk in (1, 3, 7, 49, 50, 51):
-        assert torch.equal(best_ranks(x, y, labels, chunk=chunk), whole)
-
-
 @pytest.mark.parametrize("value", [0.5, 0.0, math.nan])
 def test_embeddings_without_information_do_not_score(asked: Asked, value: float) -> None:
     """All equal, all zero or not numbers: each wrong candidate stands before the right one."""
     z = {m: torch.full_like(t, value) for m, t in asked.data.z.items()}
     data = replace(asked.data, z=z)
-    got = Retrieval.Config(data=(), k=(1, 5)).build().score(data)
+    got = Retrieval.Config(data=(), k=(1, 5)).build().score(asked.model, data).flat()
     assert [got[f"{w}_recall@{k}"] for w in ("image_to_text", "text_to_image") for k in (1, 5)] == [0] * 4
-    scores = ZeroShot.Config(data=()).build().score(asked.model, data)
+    scores = ZeroShot.Config(data=()).build().score(asked.model, data).flat()
     if value == 0.5:  # one class is nearest to every picture, by chance
         assert scores["mean_per_class_recall"] == pytest.approx(scores["chance"])
     else:
@@ -209,26 +214,11 @@ def test_retrieval_refuses_what_it_cannot_answer(asked: Asked, tmp_path: Path) -
     with pytest.raises(ConfigError, match="k is"):
         Retrieval.Config(data=(), k=()).build()
     with pytest.raises(ConfigError, match="no sample has the group 'labl' in its metadata; fields: label, shape"):
-        Retrieval.Config(data=(), group="labl").build().score(asked.data)
+        Retrieval.Config(data=(), group="labl").build().score(asked.model, asked.data)
     apart = [Sample(s.key, {m: s.members[m]}) for s, m in zip(tiny.samples(4), ("png", "txt") * 2, strict=True)]
     folder = tiny.write_shards(tmp_path / "apart", apart)
     with pytest.raises(ConfigError, match="no sample has both image and text"):
         Retrieval.Config(data=(folder,)).build().run(asked.model)
-
-
-# ------------------------------------------------------------------------------------------------- intervals
-
-
-def test_bootstrap_of_a_known_case() -> None:
-    assert bootstrap([0.25] * 7) == (0.25, 0.25)
-    values = [1.0] * 100 + [0.0] * 300
-    low, high = bootstrap(values)
-    sigma = math.sqrt(0.25 * 0.75 / 400)  # of the mean of 400 draws; 400 is large enough for the normal law
-    assert low == pytest.approx(0.25 - 1.96 * sigma, abs=0.2 * sigma)
-    assert high == pytest.approx(0.25 + 1.96 * sigma, abs=0.2 * sigma)
-    narrow = bootstrap(values, level=0.5)
-    assert low < narrow[0] < 0.25 < narrow[1] < high
-    assert bootstrap(values) == (low, high), "an interval must be the same on every call"
 
 
 # ------------------------------------------------------------------------------------------------- zero-shot
@@ -269,7 +259,7 @@ def test_zero_shot_equals_counting(asked: Asked, templates: tuple[str, ...], see
     z = {m: torch.randn(tuple(t.shape), generator=g) for m, t in asked.data.z.items()}
     z["image"][::9] = 0  # all classes tie
     data = replace(asked.data, z=z)
-    got = ZeroShot.Config(data=(), templates=templates).build().score(asked.model, data)
+    got = ZeroShot.Config(data=(), templates=templates).build().score(asked.model, data).flat()
     want = _slow_zero_shot(asked, data, "label", templates)
     assert {name: got[name] for name in want} == pytest.approx(want, abs=1e-12)
     assert 0 < want["acc1"] < want["acc5"] < 1 and want["samples"] < 37
@@ -278,13 +268,13 @@ def test_zero_shot_equals_counting(asked: Asked, templates: tuple[str, ...], see
 
 
 def test_top_five_of_fewer_classes_is_undefined(asked: Asked) -> None:
-    got = ZeroShot.Config(data=(), label="shape").build().score(asked.model, asked.data)
+    got = ZeroShot.Config(data=(), label="shape").build().score(asked.model, asked.data).flat()
     assert got["classes"] == 4 and got["acc5"] is None and got["acc1"] is not None and got["chance"] == 0.25
 
 
 def test_a_class_is_the_mean_of_its_prompts(asked: Asked) -> None:
     templates = ("a {c}", "the {c} {c}", "{c}")
-    got = class_embeddings(asked.model, "text", ["red", "blue"], templates)
+    got = class_embeddings(asked.model, "text", [[t.replace("{c}", n) for t in templates] for n in ("red", "blue")])
     for row, name in zip(got, ("red", "blue"), strict=True):
         prompts = [asked.model.encode("text", [p])[0] for p in (f"a {name}", f"the {name} {name}", name)]
         mean = torch.stack(prompts).mean(0)
@@ -295,8 +285,6 @@ def test_a_class_is_the_mean_of_its_prompts(asked: Asked) -> None:
 def test_zero_shot_refuses_what_it_cannot_answer(asked: Asked) -> None:
     with pytest.raises(ConfigError, match="the template 'a photo' lacks {c}"):
         ZeroShot.Config(data=(), templates=("{c}", "a photo")).build()
-    with pytest.raises(ConfigError, match="at least one template"):
-        ZeroShot.Config(data=(), templates=()).build()
     with pytest.raises(ConfigError, match="no sample has the label 'colour' in its metadata; fields: label, shape"):
         ZeroShot.Config(data=(), label="colour").build().score(asked.model, asked.data)
     with pytest.raises(ConfigError, match="no modality 'txt'; did you mean 'text'"):
@@ -330,8 +318,11 @@ def test_answers_have_the_keys_of_clip_benchmark_and_are_strict_json(asked: Aske
 
 
 def test_other_pairs_get_no_image_text_names() -> None:
-    metrics: dict[str, float | None] = {"audio_to_text_recall@1": 0.5, "text_to_audio_recall@1": 0.25}
-    assert clip_benchmark_names(metrics, (1,)) == metrics
+    assert clip_benchmark_names(Retrieval.Config(data=(), pair=("audio", "text"))) == {}
+    assert clip_benchmark_names(Retrieval.Config(data=(), pair=("text", "image"), k=(3,))) == {
+        "image_retrieval_recall@3": "text_to_image_recall@3",
+        "text_retrieval_recall@3": "image_to_text_recall@3",
+    }
 
 
 def test_a_data_set_answers_what_it_can(asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,11 +334,13 @@ def test_a_data_set_answers_what_it_can(asked: Asked, tmp_path: Path, capsys: py
         for name, members in kinds.items()
     }
     both = ("zero_shot", "retrieval")
-    assert [r["task"] for r in answer(asked.run, [folders["pairs"]], tasks=both)] == ["zeroshot_retrieval"]
-    said = capsys.readouterr()
-    assert "pairs: zero_shot left out: no sample has the label 'label' in its metadata; fields: none" in said.err
-    assert [r["task"] for r in answer(asked.run, [folders["labels"]], tasks=both)] == ["zeroshot_classification"]
-    assert "labels: retrieval left out: no sample has both image and text" in capsys.readouterr().err
+    for name, task, left in (
+        ("pairs", "zeroshot_retrieval", "zero_shot left out: no sample has the label 'label' in its metadata"),
+        ("labels", "zeroshot_classification", "retrieval left out: no sample has both image and text"),
+    ):
+        main(["eval", str(asked.run), folders[name], "--json", str(tmp_path / "found.json")])
+        assert [r["task"] for r in json.loads((tmp_path / "found.json").read_text())] == [task]
+        assert f"{name}: {left}" in capsys.readouterr().err
     for name, tasks in (("pictures", both), ("labels", ("retrieval",)), ("pairs", ("zero_shot",))):
         with pytest.raises(ConfigError, match=f"{name}: .* left out"):
             answer(asked.run, [folders[name]], tasks=tasks)
@@ -362,28 +355,31 @@ def test_modalities_of_other_names_are_asked_alike(asked: Asked, tmp_path: Path)
     assert results[1]["metrics"]["photo_to_caption_recall@1"] == want[1]["metrics"]["image_to_text_recall@1"]
 
 
-def test_the_table_shows_every_metric_once() -> None:
-    metrics: dict[str, Any] = {
-        "acc1": 0.51234,
-        "acc1_low": 0.4,
-        "acc1_high": 0.6,
-        "acc5": None,
-        "samples": 120.0,
-        "image_retrieval_recall@5": 0.9,
-        "text_to_image_recall@5": 1.0,
-    }
-    lines = as_table([{"dataset": "birds", "task": "zeroshot_classification", "metrics": metrics}]).splitlines()
+def test_the_table_shows_every_metric_once(asked: Asked) -> None:
+    result = Result(
+        "zeroshot_classification",
+        [Items(["a", "b", "c", "d"], {"acc1": mean([1, 1, 1, 1]), "x_recall@5": mean([0.25] * 4)})],
+        chance={"chance": 0.125},
+        counts={"samples": 1200},
+        undefined=["acc5"],
+        renamed={"theirs@5": "x_recall@5"},
+        warnings=["look here"],
+    )
+    by = answering.Asked(asked.model, "runs/one", "step-1")
+    lines = as_table([Answer("birds", by, result, result.task)]).splitlines()
     assert [line.split() for line in lines] == [
-        ["birds", "zeroshot_classification"],
-        ["acc1", "0.512", "[0.400,", "0.600]"],
+        ["birds", "zeroshot_classification", "runs/one"],
+        ["acc1", "1.000", "[1.000,", "1.000]"],
+        ["x_recall@5", "0.250", "[0.250,", "0.250]"],
         ["acc5", "-"],
-        ["samples", "120"],
-        ["text_to_image_recall@5", "1.000"],
+        ["chance", "0.125"],
+        ["samples", "1200"],
+        ["note:", "look", "here"],
     ]
 
 
 def test_metrics_are_numbers_of_python(asked: Asked) -> None:
-    found: dict[str, Any] = Retrieval.Config(data=()).build().score(asked.data)
-    found |= ZeroShot.Config(data=()).build().score(asked.model, asked.data)
+    found: dict[str, Any] = Retrieval.Config(data=()).build().score(asked.model, asked.data).flat()
+    found |= ZeroShot.Config(data=()).build().score(asked.model, asked.data).flat()
     assert all(value is None or type(value) is float for value in found.values())
     assert isinstance(asked.data.z["image"], Tensor) and asked.data.z["image"].dtype == torch.float32

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.geometry import Geometry
-from mmcontrast.eval.report import answer, as_table
 from tests import tiny
+
+MODEL: Any = None  # geometry looks at embeddings alone
 
 
 def _data(folder: Path, x: Tensor, y: Tensor, missing: int | None = None) -> Embedded:
@@ -39,7 +43,7 @@ def _units(n: int, d: int, seed: int) -> Tensor:
 
 def test_measures_equal_slow_loops(tmp_path: Path) -> None:
     x, y = _units(11, 5, 0), _units(11, 5, 1)
-    found = Geometry.Config(data=("unused",), t=3.0).build().score(_data(tmp_path, x, y, missing=4))
+    found = Geometry.Config(data=("unused",), t=3.0).build().score(MODEL, _data(tmp_path, x, y, missing=4)).flat()
     kept = [i for i in range(11) if i != 4]
     n = len(kept)
 
@@ -78,8 +82,8 @@ def test_known_spaces(tmp_path: Path) -> None:
     gap[0] = 3.0
     apart = nn.functional.normalize(one + gap, dim=1), nn.functional.normalize(one - gap, dim=1)
     geometry = Geometry.Config(data=("unused",)).build()
-    together = geometry.score(_data(tmp_path / "a", one, one))
-    divided = geometry.score(_data(tmp_path / "b", *apart))
+    together = geometry.score(MODEL, _data(tmp_path / "a", one, one)).flat()
+    divided = geometry.score(MODEL, _data(tmp_path / "b", *apart)).flat()
     assert together["centroid_distance"] == pytest.approx(0, abs=1e-6)
     assert together["linear_separability"] == pytest.approx(0.5)  # both sides of a pair are the same point
     assert together["alignment"] == pytest.approx(0, abs=1e-6)
@@ -89,17 +93,19 @@ def test_known_spaces(tmp_path: Path) -> None:
 
     line = torch.zeros(12, 6)
     line[:, 2] = torch.tensor([1.0, -1.0] * 6)
-    ranks = geometry.score(_data(tmp_path / "c", line, nn.functional.normalize(torch.eye(12)[:, :6] + 1e-9, dim=1)))
+    other = nn.functional.normalize(torch.eye(12)[:, :6] + 1e-9, dim=1)
+    ranks = geometry.score(MODEL, _data(tmp_path / "c", line, other)).flat()
     assert ranks["effective_rank_image"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_a_task_of_the_command(tmp_path: Path) -> None:
+def test_a_task_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, shards = (
         tiny.write_run(tmp_path / "run"),
         tiny.write_shards(tmp_path / "shards", tiny.samples(12), per_shard=6),
     )
-    (result,) = answer(run, [shards], tasks=["geometry"])
-    assert result["task"] == "geometry" and "centroid_distance" in as_table([result])
+    main(["eval", str(run), shards, "--tasks", "geometry", "--json", str(tmp_path / "found.json")])
+    (result,) = json.loads((tmp_path / "found.json").read_text())
+    assert result["task"] == "geometry" and "centroid_distance" in capsys.readouterr().out
     assert 0 <= result["metrics"]["linear_separability"] <= 1
 
 
@@ -107,4 +113,5 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="geometry t is 0"):
         Geometry.Config(data=("x",), t=0).build()
     with pytest.raises(ConfigError, match="1 samples have both image and text"):
-        Geometry.Config(data=("x",)).build().score(_data(tmp_path, _units(2, 4, 0), _units(2, 4, 1), missing=1))
+        one = _data(tmp_path, _units(2, 4, 0), _units(2, 4, 1), missing=1)
+        Geometry.Config(data=("x",)).build().score(MODEL, one)

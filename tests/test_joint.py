@@ -100,7 +100,7 @@ def test_scores_equal_a_slow_reference(score: Any, labelled: bool) -> None:
             if row in images and row % 2:
                 e.z["text"][place] = candidates.z["image"][images.index(row)]
     asked = Joint(Joint.Config(data=("nowhere",), score=score, label="kind" if labelled else None))
-    found = asked.score(candidates, queries)
+    found = asked.score(candidates, queries).flat()
     for k in (1, 5):
         accuracy, chance = slow(candidates, queries, ["audio", "text"], score, k)
         assert found[f"acc{k}"] == pytest.approx(accuracy) and found[f"chance@{k}"] == pytest.approx(chance)
@@ -116,7 +116,7 @@ def test_equal_embeddings_do_not_score() -> None:
     queries = embedded(8, {"audio": list(range(8)), "text": list(range(8))})
     for broken in (torch.ones(8, 7), torch.full((8, 7), torch.nan)):
         same = replace(candidates, z={"image": broken})
-        assert Joint(Joint.Config(data=("x",))).score(same, [queries])["acc1"] == 0
+        assert Joint(Joint.Config(data=("x",))).score(same, [queries]).flat()["acc1"] == 0
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
