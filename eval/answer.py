@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmcontrast.checkpoint import find_checkpoint, load_checkpoint, read_config
+from mmcontrast.arguments import write_json
+from mmcontrast.checkpoint import find_checkpoint, read_config
 from mmcontrast.config import ConfigError, from_dict
-from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import embed, has
-from mmcontrast.eval.geometry import Geometry
+from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
-from mmcontrast.eval.retrieval import Retrieval
-from mmcontrast.eval.task import EmbeddedTask, Task
-from mmcontrast.eval.zero_shot import ZeroShot
-from mmcontrast.shards import open_shards
-
-TASKS: Mapping[str, type[EmbeddedTask]] = {"zero_shot": ZeroShot, "retrieval": Retrieval, "geometry": Geometry}
-"""The questions that the command can ask of any data set, by name."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A model that is asked, and what results call it."""
-
-    model: MultiEncoder
-    name: str
-    pretrained: str
+from mmcontrast.eval.sources import Source
+from mmcontrast.eval.spec import Spec
+from mmcontrast.eval.task import Task
 
 
 @dataclass(frozen=True)
@@ -40,6 +29,7 @@ class Answer:
         model: who answered.
         result: the answer.
         task: what results call the question.
+        language: of the prompts and captions.
         skipped: damaged samples that were left out: (shard, key, reason).
         against: another model, and metric -> this one's score less the other's.
     """
@@ -48,6 +38,7 @@ class Answer:
     model: Asked
     result: Result
     task: str
+    language: str | None = None
     skipped: Sequence[tuple[str, str, str]] = ()
     against: tuple[str, Mapping[str, Difference]] | None = None
 
@@ -60,7 +51,7 @@ class Answer:
             "pretrained": self.model.pretrained,
             "task": self.task,
             "metrics": metrics | {theirs: metrics[ours] for theirs, ours in self.result.renamed.items()},
-            "language": None,
+            "language": self.language,
             "skipped": [list(s) for s in self.skipped],
             "warnings": list(self.result.warnings),
         }
@@ -73,74 +64,49 @@ class Answer:
         return found
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What the command asks of every data set.
+def answer(models: Sequence[Asked], specs: Sequence[Spec.Config]) -> tuple[list[Answer], list[str]]:
+    """Every question about every data set, each embedded once per model; the first is compared with the second.
 
-    Attributes:
-        tasks: names in `TASKS`.
-        settings: task -> settings of it.
-    """
-
-    tasks: Sequence[str]
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, "Mapping[str, Any]"])
-
-    def of(self, dataset: str) -> dict[str, EmbeddedTask]:
-        """Task name -> the question, about one data set."""
-        return {name: TASKS[name].Config(data=(dataset,), **self.settings.get(name, {})).build() for name in self.tasks}
-
-
-def load_asked(path: str | Path, *, trust: Collection[str] = ()) -> Asked:
-    """A run folder, or one of its step-N folders.
-
-    Raises:
-        ConfigError: a model that cannot be read.
-    """
-    checkpoint = find_checkpoint(path)
-    return Asked(load_checkpoint(checkpoint, trust=trust), str(path), checkpoint.name)
-
-
-def answer(models: Sequence[Asked], datasets: Sequence[str], questions: Questions) -> tuple[list[Answer], list[str]]:
-    """Every task on every data set, each embedded once per model; the second model is who the first is compared with.
-
-    A task that a data set cannot answer (no labels, say) is left out if another one can; if none can, that is an
-    error.
+    A question that a data set cannot answer (no labels, say) is left out if it answers another one; if none, that is
+    an error.
 
     Returns:
-        The answers, those of the first model first for each data set, and what was left out and why.
+        The answers, those of the first model first for each data set; and what was left out, and why.
 
     Raises:
-        ConfigError: data that cannot be read, or a data set that answers no task.
+        ConfigError: data that cannot be read, or that answer no question.
     """
     answers: list[Answer] = []
     problems: list[str] = []
-    for dataset in datasets:
-        of_models = [_ask(model, dataset, questions, problems) for model in models]
+    for config in specs:
+        spec: Spec = config.build()
+        source = spec.open()
+        of_models = [_ask(model, spec, source, problems) for model in models]
         for task, found in of_models[0].items():
-            against = None
             if len(models) > 1 and task in of_models[1]:
-                against = (models[1].name, compare(found.result, of_models[1][task].result))
-            answers.append(Answer(dataset, models[0], found.result, found.task, found.skipped, against))
-        answers += [a for others in of_models[1:] for a in others.values()]
+                differences = compare(found.result, of_models[1][task].result)
+                found = replace(found, against=(models[1].name, differences))
+            answers.append(found)
+        answers += [found for others in of_models[1:] for found in others.values()]
     return answers, problems
 
 
-def _ask(asked: Asked, dataset: str, questions: Questions, problems: list[str]) -> dict[str, Answer]:
-    tasks = questions.of(dataset)
-    model = asked.model
+def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str]) -> dict[str, Answer]:
+    model, name = asked.model, spec.config.name
+    tasks = spec.questions(model, source)
     wanted = list(dict.fromkeys(m for task in tasks.values() for m in task.modalities()))
     # Without those that no sample has: pictures with labels alone can still be classified.
-    opened = open_shards([dataset])
-    data = embed(model, opened, modalities=[m for m in wanted if has(opened, model, m)] or wanted)
+    there = [m for m in wanted if has(source, model, m)]
+    data = embed(model, source, modalities=there or wanted, progress=sys.stderr.isatty())
     found: dict[str, Answer] = {}
     failed: list[str] = []
-    for name, task in tasks.items():
+    for key, task in tasks.items():
         try:
             result = task.score(model, data)
         except ConfigError as error:
-            failed.append(f"{dataset}: {name} left out: {error}")
+            failed.append(f"{name}: {key} left out: {error}")
             continue
-        found[name] = Answer(dataset, asked, result, result.task, data.skipped)
+        found[key] = Answer(name, asked, result, result.task, spec.config.language, data.skipped)
     if not found:
         raise ConfigError("; ".join(failed))
     problems += failed
@@ -165,3 +131,11 @@ def answer_again(path: Path, *, trust: Collection[str] = ()) -> list[Answer]:
             raise ConfigError(f"evaluators.{name} is a {type(task).__name__}, which is no question of mmcontrast.eval")
         found.append(Answer(" ".join(config.data), asked, task.answer(asked.model), name))
     return found
+
+
+def write_answers(folder: Path, answers: Sequence[Answer]) -> None:
+    """A JSON file per answer, named as CLIP_benchmark names them, for its `build`."""
+    for found in answers:
+        parts = (found.dataset, found.model.pretrained, found.model.name, found.language or "en", found.task)
+        name = "_".join(re.sub(r"[^\w.@-]+", "-", part).strip("-") for part in parts)
+        write_json(folder / f"{name}.json", found.to_json())

@@ -1,4 +1,4 @@
-"""Shards + a model -> embeddings of every modality, in the order of the samples."""
+"""Data + a model -> embeddings of every modality, in the order of the samples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmcontrast.batch import Batch
 from mmcontrast.config import ConfigError
 from mmcontrast.data.compose import Compose
-from mmcontrast.data.reader import Example, Reader
+from mmcontrast.data.reader import Reader
+from mmcontrast.encoders.base import Transform
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.layouts import open_data
+from mmcontrast.eval.sources import Shards, Source
 from mmcontrast.randomness import fold_seed
-from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
+from mmcontrast.shards import BadSample, ShardSet
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class Embedded:
         positions: [n] int64 places in the shards.
         meta: [n] metadata objects.
         skipped: damaged samples, left out: (shard, key, reason).
-        fingerprint: of the shards.
+        fingerprint: of the data.
+        source: where the samples are.
+        kinds: modality -> its kind.
         facts: what is known of the examples beside their scores, such as what chance would reach.
+        shard_reader: reads them where they are in shards.
     """
 
     z: Mapping[str, Tensor]
@@ -42,18 +47,22 @@ class Embedded:
     meta: Sequence[Mapping[str, Any]]
     skipped: Sequence[tuple[str, str, str]]
     fingerprint: str
-    reader: Reader
+    source: Source
+    kinds: Mapping[str, str]
     facts: Mapping[str, float] = field(default_factory=dict[str, float])
+    shard_reader: Reader | None = None
 
     @property
-    def classes(self) -> Sequence[str]:
-        """Names of the classes, where the data come with a list of them."""
-        return ()
+    def reader(self) -> Reader:
+        """Reads the shards that the samples are in."""
+        assert self.shard_reader is not None, "these samples are in files"
+        return self.shard_reader
 
-    @property
-    def templates(self) -> Sequence[str]:
-        """Prompts with {c} for the class name, where the data come with some."""
-        return ()
+    def texts(self, modality: str, rows: Tensor) -> list[str | None]:
+        """The text of some rows' samples, of those that have several the first."""
+        listed: list[int] = rows.tolist()
+        found = [self.source.values(int(self.positions[row]), modality, "text") for row in listed]
+        return [str(values[0]) if values else None for values in found]
 
     def names_of(self, rows: Tensor) -> list[str]:
         """Names of some rows' samples; each sample has its own, the same for every model."""
@@ -83,31 +92,96 @@ class Embedded:
         return self.rows[x][mine[i]], self.z[x][mine[i]], self.z[y][start[i] + place]
 
 
-class _Chunks(Dataset[tuple[Batch, list[Example]]]):
-    """Chunk number -> its batch and examples, damaged samples left out and named."""
+@dataclass(frozen=True)
+class _Sample:
+    """One sample as the model takes it: modality -> inputs, none, one or several."""
 
-    def __init__(self, compose: Compose, size: int, draw: int) -> None:
-        self.compose, self.reader, self.size, self.draw = compose, compose.reader, size, draw
+    position: int
+    key: str
+    inputs: Mapping[str, Sequence[Any]]
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some samples, and their inputs in batches: modality -> batches, and the sample that each input is of."""
+
+    samples: Sequence[_Sample]
+    batches: Mapping[str, Sequence[Any]]
+    rows: Mapping[str, Tensor]
+    skipped: Sequence[tuple[str, str, str]]
+
+
+class _Chunks(Dataset[_Chunk]):
+    """Chunk number -> its samples, damaged ones left out and named. Runs in loader workers."""
+
+    def __init__(self, source: Source, transforms: Mapping[str, Transform], size: int) -> None:
+        self.source, self.transforms, self.size = source, transforms, size
+
+    def count(self) -> int:
+        """Samples to be read."""
+        return len(self.source)
+
+    def sample(self, number: int) -> _Sample:
+        """Read one.
+
+        Raises:
+            BadSample: it is damaged, or has none of the modalities.
+        """
+        inputs: dict[str, Sequence[Any]] = {}
+        for modality, transform in self.transforms.items():
+            values = self.source.values(number, modality, transform.kind)
+            if values:
+                inputs[modality] = [transform(value) for value in values]
+        if not inputs:
+            raise BadSample(f"has none of {', '.join(self.transforms)}")
+        return _Sample(number, self.source.name(number)[1], inputs, self.source.meta(number))
 
     def __len__(self) -> int:
-        return -(-len(self.compose) // self.size)
+        return -(-self.count() // self.size)
 
-    def __getitem__(self, chunk: int) -> tuple[Batch, list[Example]]:
-        examples: list[Example] = []
+    def __getitem__(self, chunk: int) -> _Chunk:
+        samples: list[_Sample] = []
         skipped: list[tuple[str, str, str]] = []
-        stop = min((chunk + 1) * self.size, len(self.compose))
-        for position in map(self.compose.anchor, range(chunk * self.size, stop)):
+        for number in range(chunk * self.size, min((chunk + 1) * self.size, self.count())):
             try:
-                examples.append(self.compose.example(position, fold_seed("evaluation", self.draw, position)))
+                samples.append(self.sample(number))
             except BadSample as error:
-                skipped.append((*self.reader.shards.name(position), str(error)))
-        batch = self.reader.collate(examples, skipped=skipped)
-        return batch, [Example(e.position, e.key, {}, e.meta) for e in examples]
+                skipped.append((*self.source.name(number), str(error)))
+        batches: dict[str, Sequence[Any]] = {}
+        rows: dict[str, Tensor] = {}
+        for modality, transform in self.transforms.items():
+            flat = [x for sample in samples for x in sample.inputs.get(modality, ())]
+            rows[modality] = torch.tensor([i for i, s in enumerate(samples) for _ in s.inputs.get(modality, ())]).long()
+            # As large as without several captions: memory is bounded by the batch.
+            batches[modality] = [transform.collate(flat[i : i + self.size]) for i in range(0, len(flat), self.size)]
+        # Inputs stay behind: they are in the batches.
+        return _Chunk([_Sample(s.position, s.key, {}, s.meta) for s in samples], batches, rows, skipped)
+
+
+class _Composed(_Chunks):
+    """Examples that are composed of samples, each by the draw's number."""
+
+    def __init__(
+        self, source: Source, transforms: Mapping[str, Transform], size: int, compose: Compose, draw: int
+    ) -> None:
+        super().__init__(source, transforms, size)
+        self.compose, self.draw = compose, draw
+
+    def count(self) -> int:
+        """Anchors."""
+        return len(self.compose)
+
+    def sample(self, number: int) -> _Sample:
+        """Compose one."""
+        position = self.compose.anchor(number)
+        e = self.compose.example(position, fold_seed("evaluation", self.draw, position))
+        return _Sample(e.position, e.key, {m: [x] for m, x in e.inputs.items()}, e.meta)
 
 
 def embed(
     model: MultiEncoder,
-    shards: Sequence[str] | ShardSet,
+    data: Sequence[str] | ShardSet | Source,
     *,
     modalities: Sequence[str] | None = None,
     compose: Compose.Config | None = None,
@@ -116,64 +190,78 @@ def embed(
     workers: int = 0,
     progress: bool = False,
 ) -> Embedded:
-    """Embed all samples of some shards.
+    """Embed all samples of some data.
 
     Args:
         model: used in evaluation mode.
-        shards: folders, globs or ranges; or what they opened as, since opening foreign shards means a scan.
+        data: names as `open_data` takes them, or what was opened, since opening foreign shards means a scan.
         modalities: which to embed; by default all of the model.
-        compose: how an example is made of samples; by default it is one sample as it is.
+        compose: how an example is made of samples in shards; by default it is one sample as it is.
         draw: which of the examples that `compose` can make of an anchor; each number always means the same ones.
         batch_size: samples encoded at once.
         workers: processes that read and decode; 0 does it in this one.
         progress: show a bar on standard error.
 
     Raises:
-        ConfigError: shards that cannot be opened, a modality that no sample has, or no sample left.
+        ConfigError: data that cannot be opened, a modality that no sample has, or no sample left.
     """
     transforms = {m: model.encoder(m).transform(train=False) for m in modalities or model.modalities}
-    opened = shards if isinstance(shards, ShardSet) else open_shards(shards)
-    settings = compose or Compose.Config()
-    reader = Reader(opened, transforms, made=settings.made())
-    composed: Compose = settings.build(reader)
-    chunks = _Chunks(composed, batch_size, draw)
+    source = Shards(data) if isinstance(data, ShardSet) else open_data(data) if isinstance(data, Sequence) else data
+    reader, facts = None, dict[str, float]()
+    if isinstance(source, Shards):
+        settings = compose or Compose.Config()
+        reader = Reader(source.shards, transforms, made=settings.made())
+    if compose is None:
+        for modality, transform in transforms.items():
+            if not source.has(transform.kind):
+                raise ConfigError(f"no sample has the modality {modality!r}: there are no files of {transform.kind}")
+        chunks = _Chunks(source, transforms, batch_size)
+    else:
+        if reader is None:
+            raise ConfigError("examples can be composed of samples in shards only; write shards: mmcontrast prep")
+        composed: Compose = compose.build(reader)
+        chunks, facts = _Composed(source, transforms, batch_size, composed, draw), dict(composed.facts)
     z: dict[str, list[Tensor]] = {m: [] for m in transforms}
     rows: dict[str, list[Tensor]] = {m: [] for m in transforms}
-    examples: list[Example] = []
+    samples: list[_Sample] = []
     skipped: list[tuple[str, str, str]] = []
     loader = DataLoader(chunks, batch_size=None, num_workers=workers)
-    for batch, seen in _watched(loader, len(chunks), progress):
-        for modality, x in batch.inputs.items():
-            z[modality].append(model.embed(modality, x).float().cpu())
-            rows[modality].append(batch.rows[modality] + len(examples))
-        examples += seen
-        skipped += batch.skipped
-    if not examples:
-        folders = dict.fromkeys(str(shard.path.parent) for shard in opened.shards)
-        raise ConfigError(f"none of the {len(opened)} samples of {', '.join(folders)} could be read")
+    for chunk in _watched(loader, len(chunks), progress):
+        for modality, batches in chunk.batches.items():
+            z[modality] += [model.embed(modality, x).float().cpu() for x in batches]
+            rows[modality].append(chunk.rows[modality] + len(samples))
+        samples += chunk.samples
+        skipped += chunk.skipped
+    if not samples:
+        where = ", ".join(dict.fromkeys(source.name(number)[0] for number in range(min(len(source), 20))))
+        reasons = "; ".join(dict.fromkeys(reason for *_, reason in skipped[:20]))
+        raise ConfigError(f"none of the {len(source)} samples of {where} could be read: {reasons[:300]}")
     return Embedded(
         z={m: torch.cat(parts) for m, parts in z.items() if parts},
-        rows={m: torch.cat(parts) for m, parts in rows.items() if parts},
-        keys=[e.key for e in examples],
-        positions=torch.tensor([e.position for e in examples]),
-        meta=[e.meta for e in examples],
+        rows={m: torch.cat(rows[m]) for m, parts in z.items() if parts},
+        keys=[s.key for s in samples],
+        positions=torch.tensor([s.position for s in samples]),
+        meta=[s.meta for s in samples],
         skipped=skipped,
-        fingerprint=opened.fingerprint,
-        reader=reader,
-        facts=composed.facts,
+        fingerprint=source.fingerprint,
+        source=source,
+        shard_reader=reader,
+        kinds={m: t.kind for m, t in transforms.items()},
+        facts=facts,
     )
 
 
-def has(shards: ShardSet, model: MultiEncoder, modality: str) -> bool:
-    """Whether any sample of the shards has the modality.
+def has(data: ShardSet | Source, model: MultiEncoder, modality: str) -> bool:
+    """Whether any sample has the modality.
 
     Raises:
         ConfigError: the model does not have the modality.
     """
-    return any(shards.counts.get(e) for e in FORMATS[model.encoder(modality).kind])
+    source = Shards(data) if isinstance(data, ShardSet) else data
+    return source.has(model.encoder(modality).kind)
 
 
-def _watched(loader: Any, total: int, progress: bool) -> Iterator[tuple[Batch, list[Example]]]:
+def _watched(loader: Any, total: int, progress: bool) -> Iterator[_Chunk]:
     from tqdm import tqdm
 
     yield from tqdm(loader, total=total, desc="embed", unit="batch", disable=not progress)

@@ -109,10 +109,10 @@ class Retrieval(EmbeddedTask):
             if all(value is None for value in values):
                 raise ConfigError(f"no sample has the group {group!r} in its metadata; fields: {fields_of(data.meta)}")
         else:
-            texts = [m for m in self.config.pair if data.reader.transforms[m].kind == "text"]
+            texts = [m for m in self.config.pair if data.kinds[m] == "text"]
             if not texts or not self.config.equal_texts or len(data.items_of(texts[0], rows)) > len(rows):
                 return torch.arange(len(rows))
-            values = [data.reader.raw(int(data.positions[row]), texts[0]) for row in listed]
+            values = data.texts(texts[0], rows)
         numbers: dict[str, int] = {}
         named = (f"at {row}" if v is None else f"= {v}" for row, v in zip(listed, values, strict=True))
         return torch.tensor([numbers.setdefault(name, len(numbers)) for name in named])

@@ -78,9 +78,9 @@ class ZeroShot(EmbeddedTask):
         labelled = [i for i, name in enumerate(labels) if name is not None]
         if not labelled:
             raise ConfigError(f"no sample has the label {c.label!r} in its metadata; fields: {fields_of(data.meta)}")
-        classes = list(c.classes or data.classes) or sorted({str(labels[i]) for i in labelled})
+        classes = list(c.classes or data.source.classes) or sorted({str(labels[i]) for i in labelled})
         truth = torch.tensor(_numbers([labels[i] for i in labelled], classes, data.keys))
-        prompts = [c.prompts.get(name) or self._prompts(name, data.templates) for name in classes]
+        prompts = [c.prompts.get(name) or self._prompts(name, data.source.templates) for name in classes]
         prototypes = class_embeddings(model, c.prompt_modality, prompts)
         found = rank(data.z[c.modality][labelled], prototypes, truth, torch.arange(len(classes)), block=c.block)
         hit1, hit5 = ((found.best < k).double().numpy() for k in (1, 5))

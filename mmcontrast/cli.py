@@ -65,56 +65,57 @@ def _train_usage(recipe: Positional[str]) -> None:
 
 
 def evaluate(
-    model: Positional[Path],
+    model: Positional[str],
     data: Positional[tuple[str, ...]] = (),
-    tasks: tuple[Literal["zero_shot", "retrieval", "geometry"], ...] = ("zero_shot", "retrieval"),
-    label: str = "label",
+    tasks: tuple[Literal["zero_shot", "retrieval", "geometry"], ...] = (),
+    label: str | None = None,
     templates: tuple[str, ...] = (),
-    pair: tuple[str, str] = ("image", "text"),
+    pair: tuple[str, str] | None = None,
     group: str | None = None,
     bootstrap_by: str | None = None,
-    against: Path | None = None,
+    against: str | None = None,
+    out: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     trust: tuple[str, ...] = (),
 ) -> None:
-    """Ask a trained model questions about shards; without shards, the questions that its recipe asks.
+    """Ask a model questions about data; without data, the questions that its recipe asks.
 
     Args:
-        model: run folder, or one of its step-N folders.
-        data: folders with shards, globs or ranges; each is a data set of its own. None: the evaluators of the recipe.
-        tasks: questions to ask.
-        label: metadata field with the class name, for zero_shot.
-        templates: prompts with {c} for the class name; without any, the bare name.
-        pair: the modalities of retrieval and geometry; the first one is what zero_shot classifies.
+        model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
+        data: spec files; NAME:PATH of well-known data sets (imagenet, cifar10, cifar100, esc50, clotho, audiocaps);
+            or data as they lie: shards, CLIP_benchmark's folders, a folder per class, a table. None: the evaluators
+            of the recipe.
+        tasks: questions to ask; by default what the data are made for.
+        label: metadata field, or column of a table, with the class.
+        templates: prompts with {c} for the class name.
+        pair: the modalities that are compared; the first one is what zero_shot classifies.
         group: metadata field whose equal values are right answers to each other in retrieval.
         bootstrap_by: metadata field, such as patient: intervals are over its values instead of single samples.
         against: another model, asked the same and compared item by item.
-        json_file: also write the results here, one object per data set and task.
+        out: also write one JSON file per result into this folder, as `clip_benchmark build` takes them.
+        json_file: also write all results here, one object per data set and task.
         trust: modules or .py files whose classes the run's config may name.
     """
-    from mmcontrast.eval.answer import Questions, answer, answer_again, load_asked
+    from mmcontrast.eval.answer import answer, answer_again, write_answers
+    from mmcontrast.eval.models import load_asked
     from mmcontrast.eval.report import as_table
+    from mmcontrast.eval.spec import override, read_spec
 
     if not data:
         if against is not None:
             raise ConfigError("--against needs data: mmcontrast eval MODEL DATA… --against OTHER")
-        answers = answer_again(model, trust=trust)
-    elif not tasks:
-        raise ConfigError("eval needs at least one task: mmcontrast eval MODEL DATA… --tasks zero_shot")
+        answers = answer_again(Path(model), trust=trust)
     else:
-        common: dict[str, Any] = {"bootstrap_by": bootstrap_by}
-        settings: dict[str, dict[str, Any]] = {
-            "zero_shot": common
-            | {"modality": pair[0], "prompt_modality": pair[1], "label": label, "templates": templates},
-            "retrieval": common | {"pair": pair, "group": group},
-            "geometry": common | {"pair": pair},
-        }
-        models = [load_asked(path, trust=trust) for path in (model, against) if path is not None]
-        answers, problems = answer(models, data, Questions(tasks, settings))
+        said: dict[str, Any] = {"label": label, "pair": pair, "group": group, "bootstrap_by": bootstrap_by}
+        specs = [override(read_spec(name), tasks=tasks, templates=templates, **said) for name in data]
+        models = [load_asked(name, trust=trust) for name in (model, against) if name is not None]
+        answers, problems = answer(models, specs)
         for problem in problems:
             print(problem, file=sys.stderr)
     print(as_table(answers))
     write_json(json_file, [a.to_json() for a in answers])
+    if out is not None:
+        write_answers(out, answers)
 
 
 def caption(

@@ -19,11 +19,13 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval import answer as answering
-from mmcontrast.eval.answer import Answer, Questions, load_asked
+from mmcontrast.eval.answer import Answer
 from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.models import load_asked
 from mmcontrast.eval.report import as_table
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
+from mmcontrast.eval.spec import override, read_spec
 from mmcontrast.eval.statistics import chance_recall, mean
 from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
 from mmcontrast.shard_writer import Sample
@@ -64,12 +66,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 
 def answer(run: Path, datasets: Sequence[str], *, tasks: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
     """As the command asks, but for what it prints."""
-    pair = settings.pop("pair", ("image", "text"))
-    own: dict[str, dict[str, Any]] = {
-        "zero_shot": {"modality": pair[0], "prompt_modality": pair[1], **settings},
-        "retrieval": {"pair": pair},
-    }
-    answers, _ = answering.answer([load_asked(run)], datasets, Questions(tasks, own))
+    specs = [override(read_spec(name), tasks=tasks, templates=(), **settings) for name in datasets]
+    answers, _ = answering.answer([load_asked(run)], specs)
     return [a.to_json() for a in answers]
 
 
@@ -365,7 +363,7 @@ def test_the_table_shows_every_metric_once(asked: Asked) -> None:
         renamed={"theirs@5": "x_recall@5"},
         warnings=["look here"],
     )
-    by = answering.Asked(asked.model, "runs/one", "step-1")
+    by = answering.Asked(asked.model, "runs/one", "step-1", "")
     lines = as_table([Answer("birds", by, result, result.task)]).splitlines()
     assert [line.split() for line in lines] == [
         ["birds", "zeroshot_classification", "runs/one"],

@@ -49,7 +49,7 @@ MAY = {
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
     | {"arguments", "page", "processes", "check"},
-    "eval": LOW | {"encoders", "data", "checkpoint", "arguments", "page", "eval"},
+    "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "page", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "data_prep"},
     "quickstart": {"config"},
 }

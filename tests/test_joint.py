@@ -41,7 +41,8 @@ def embedded(n: int, rows: dict[str, list[int]], *, dim: int = 7, seed: int = 0,
         meta=meta,
         skipped=[],
         fingerprint="",
-        reader=nothing,
+        source=nothing,
+        kinds={},
         facts={"bound": 0.25},
     )
 

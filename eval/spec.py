@@ -1,0 +1,220 @@
+"""A data set and what is asked about it, without code: a spec file, a well-known name, or the data alone.
+
+# birds.yaml; TOML says the same
+data: images/test            # relative to this file
+templates: ["a photo of a {c}, a kind of bird."]
+tasks:
+zero_shot:
+retrieval: {k: [1, 5, 10, 50]}
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from mmcontrast.config import CLASS_KEY, ConfigError, Configurable, class_path, from_dict, suggest
+from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.geometry import Geometry
+from mmcontrast.eval.layouts import Reading, open_data
+from mmcontrast.eval.published import PUBLISHED, published
+from mmcontrast.eval.retrieval import Retrieval
+from mmcontrast.eval.sources import Source
+from mmcontrast.eval.task import EmbeddedTask
+from mmcontrast.eval.zero_shot import ZeroShot
+
+TASKS: Mapping[str, type[EmbeddedTask]] = {"zero_shot": ZeroShot, "retrieval": Retrieval, "geometry": Geometry}
+"""The questions that can be asked of any data set, by name."""
+_ASKED = ("zero_shot", "retrieval")  # where neither the data nor the user says
+_SPECS = (".yaml", ".yml", ".toml")
+
+
+class Spec(Configurable):
+    """A data set and what is asked about it."""
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """The settings of a spec file."""
+
+        data: tuple[str, ...]
+        """Where the samples are: a folder, a table, or shards; relative to the spec file."""
+        name: str = ""
+        """What results call it."""
+        layout: str | None = None
+        """How it is laid out (`mmcontrast.eval.layouts.LAYOUTS`); None recognises it."""
+        split: str = "test"
+        """The part of a data set that has several."""
+        files: str | None = None
+        """Column of a table with files."""
+        texts: tuple[str, ...] = ()
+        """Columns of a table with captions."""
+        key: str | None = None
+        """Column of a table whose equal values are one sample; by default the file."""
+        folder: str | None = None
+        """Where the files of a table lie, relative to the spec file; by default beside the table."""
+        where: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, "tuple[Any, ...]"])
+        """Metadata field or column -> values to keep, such as fold: [5]."""
+        label: str | None = None
+        """Column of a table, or metadata field, with the class."""
+        classes: tuple[str, ...] = ()
+        """Names of all classes, or a file with one a line."""
+        templates: tuple[str, ...] = ()
+        """Prompts with {c} for the class name, or a file with one a line."""
+        prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+        """Class -> its own prompts."""
+        language: str | None = None
+        """Of the prompts and captions."""
+        pair: tuple[str, str] | None = None
+        """Modalities; None takes the first of the model that the data have, and its text."""
+        group: str | None = None
+        """Metadata field whose equal values are right answers to each other."""
+        bootstrap_by: str | None = None
+        """Metadata field, such as patient, over whose values intervals are."""
+        tasks: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
+        """Name in `TASKS` -> settings of it; empty asks what the data are made for."""
+
+    def __init__(self, config: Config) -> None:
+        for name in config.tasks:
+            if name not in TASKS:
+                raise ConfigError(f"{config.name}: there is no task {name!r}{suggest(name, TASKS)}")
+        self.config = config
+
+    def open(self) -> Source:
+        """Open the data.
+
+        Raises:
+            ConfigError: they are not there, or are not laid out as said.
+        """
+        c = self.config
+        reading = Reading(
+            split=c.split,
+            files=c.files,
+            texts=c.texts,
+            label=c.label,
+            key=c.key,
+            where={name: [str(value) for value in values] for name, values in c.where.items()},
+            folder=None if c.folder is None else Path(c.folder),
+        )
+        return open_data(c.data, reading, layout=c.layout)
+
+    def questions(self, model: MultiEncoder, source: Source) -> dict[str, EmbeddedTask]:
+        """Task -> the question as it is asked of this model.
+
+        Raises:
+            ConfigError: settings that a task does not have, or the model has no text to compare with.
+        """
+        c = self.config
+        x, y = c.pair or _pair(model, source)
+        common: dict[str, Any] = {"data": list(c.data), "bootstrap_by": c.bootstrap_by}
+        own: dict[str, dict[str, Any]] = {
+            "zero_shot": {
+                "modality": x,
+                "prompt_modality": y,
+                "classes": c.classes,
+                "templates": c.templates,
+                "prompts": c.prompts,
+                **({} if c.label is None else {"label": c.label}),
+            },
+            "retrieval": {"pair": [x, y], "group": c.group},
+            "geometry": {"pair": [x, y]},
+        }
+        found: dict[str, EmbeddedTask] = {}
+        for name, settings in (c.tasks or dict.fromkeys(source.questions or _ASKED, {})).items():
+            said = {CLASS_KEY: class_path(TASKS[name]), **common, **own[name], **settings}
+            found[name] = from_dict(said, where=f"{c.name}: {name}").build()
+        return found
+
+
+def _pair(model: MultiEncoder, source: Source) -> tuple[str, str]:
+    """The first modality of the model that the data have, and its text."""
+    kinds = {m: model.encoder(m).kind for m in model.modalities}
+    texts = [m for m, kind in kinds.items() if kind == "text"]
+    there = [m for m, kind in kinds.items() if kind != "text" and source.has(kind)]
+    others = there or [m for m in kinds if m not in texts]
+    if not texts or not others:
+        raise ConfigError(f"the model has {', '.join(kinds)}: say with pair what is to be compared with what")
+    return others[0], texts[0]
+
+
+def read_spec(given: str) -> Spec.Config:
+    """What is named on the command line: a spec file, `NAME:PATH` of a well-known data set, or data.
+
+    Raises:
+        ConfigError: a spec file that cannot be read, or that says what is not understood.
+    """
+    path = Path(given)
+    name, colon, rest = given.partition(":")
+    if path.suffix.lower() in _SPECS:
+        return _spec({"name": path.stem, **_read(path)}, path.parent, str(path))
+    if colon and name in PUBLISHED:
+        return _spec({"name": name, "data": rest, "published": name}, Path(), given)
+    return Spec.Config(name=given, data=(given,))
+
+
+def override(config: Spec.Config, *, tasks: Sequence[str], templates: Sequence[str], **said: Any) -> Spec.Config:
+    """A spec with what the command line says instead; what it leaves unsaid is None or empty."""
+    changes = {name: value for name, value in said.items() if value is not None}
+    if tasks:
+        changes["tasks"] = {name: config.tasks.get(name, {}) for name in tasks}
+    if templates:
+        changes["templates"] = tuple(templates)
+    return replace(config, **changes)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text("utf-8-sig")
+        if path.suffix.lower() == ".toml":
+            return tomllib.loads(text)
+        import yaml
+
+        found = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except Exception as error:
+        # yaml's own class of errors has no common base with others that are worth naming.
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must say `data: …` and what is asked about it; it holds {type(found).__name__}")
+    return cast(dict[str, Any], found)
+
+
+def _spec(given: Mapping[str, Any], home: Path, where: str) -> Spec.Config:
+    said = dict(published(str(given["published"])) if "published" in given else {}) | dict(given)
+    said.pop("published", None)
+    for key in ("classes", "templates"):
+        if isinstance(said.get(key), str):
+            said[key] = _lines_of(home / said[key])
+    for key in ("data", "texts"):
+        if isinstance(said.get(key), str):
+            said[key] = [said[key]]
+    if isinstance(said.get("data"), list):
+        said["data"] = [_beside(home, entry) for entry in said["data"]]
+    if isinstance(said.get("folder"), str):
+        said["folder"] = str(home / said["folder"])
+    if isinstance(said.get("where"), dict):
+        said["where"] = {k: v if isinstance(v, list) else [v] for k, v in said["where"].items()}
+    if isinstance(said.get("prompts"), dict):
+        said["prompts"] = {str(k): [v] if isinstance(v, str) else v for k, v in said["prompts"].items()}
+    tasks = said.get("tasks")
+    if isinstance(tasks, list):
+        said["tasks"] = {str(name): {} for name in cast(list[Any], tasks)}
+    elif isinstance(tasks, dict):
+        said["tasks"] = {name: settings or {} for name, settings in cast(dict[str, Any], tasks).items()}
+    found = from_dict({CLASS_KEY: class_path(Spec), **said}, where=where)
+    return cast(Spec.Config, found)
+
+
+def _beside(home: Path, data: Any) -> Any:
+    """Relative to the spec file, unless it is absolute or an address."""
+    return str(home / data) if isinstance(data, str) and "://" not in data else data
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
