@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from mmcontrast.encoders import Encoder, MelConvNet, MultiEncoder, SignalTransformer
-from mmcontrast.eval.index import build_index
+from mmcontrast.eval.index.build import build_index
 from mmcontrast.eval.serve.app import create_app, open_shelves
 from mmcontrast.eval.serve.guard import Guard
 from mmcontrast.shard_writer import Sample

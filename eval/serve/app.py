@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.eval.index import Index
+from mmcontrast.eval.index.search import Index
 from mmcontrast.eval.serve.guard import Guard, is_loopback
 from mmcontrast.eval.serve.schema import ID, Description, Hits, Part, Plot, Problem, Sample, Search
 from mmcontrast.eval.serve.shelf import NotFound, Shelf

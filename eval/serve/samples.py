@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import SIGNAL, Reader
 from mmcontrast.encoders.base import Transform
+from mmcontrast.eval.serve.rows import Place
 from mmcontrast.eval.serve.schema import Medium
 from mmcontrast.shards import FORMATS, BadSample, open_shards
 
 _SHOWN: tuple[Literal["image", "audio", "timeseries"], ...] = ("image", "audio", SIGNAL)
-
-
-class Place(NamedTuple):
-    """Where a sample lies: which source of the index, and its number there."""
-
-    source: int
-    position: int
-
-    def __str__(self) -> str:
-        """As clients name it."""
-        return f"{self.source}-{self.position}"
-
-    @classmethod
-    def of(cls, name: str) -> Place:
-        """The inverse."""
-        source, _, position = name.partition("-")
-        return cls(int(source), int(position))
 
 
 class Samples:
@@ -86,8 +70,8 @@ class Samples:
         except BadSample:
             return None
 
-    def metadata(self, place: Place, modality: str | None = None) -> Mapping[str, Any]:
-        """The sample's metadata, or what they say of one modality; empty where there are none that can be read."""
+    def facts(self, place: Place, modality: str) -> Mapping[str, Any]:
+        """What the sample's metadata say of one modality; empty where there are none that can be read."""
         reader = self._readers[place.source]
         if reader is None:
             return {}
@@ -96,7 +80,7 @@ class Samples:
                 meta = reader.meta(place.position)
             except (BadSample, ConfigError, OSError):
                 return {}
-        own = meta.get(modality) if modality is not None else None
+        own = meta.get(modality)
         return cast(Mapping[str, Any], own) if isinstance(own, Mapping) else meta
 
 

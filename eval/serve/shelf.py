@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -20,43 +21,35 @@ from numpy.typing import NDArray
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.data.reader import SIGNAL
 from mmcontrast.decode import Picture, Sound
+from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.timeseries import SignalTransform
-from mmcontrast.eval.index import Index
+from mmcontrast.eval.index.rows import COLUMNS
+from mmcontrast.eval.index.search import Index
 from mmcontrast.eval.serve import media
-from mmcontrast.eval.serve.samples import Place, Samples
+from mmcontrast.eval.serve.rows import Place, Rows
+from mmcontrast.eval.serve.samples import Samples
 from mmcontrast.eval.serve.schema import MAX_FILE_BYTES, Description, Hit, Model, Part, Plot, Sample, Tower
 from mmcontrast.shards import FORMATS, BadSample
 from mmcontrast.signals import Signal, signal
+
+_FRESH_SECONDS = 1.0
 
 
 class NotFound(ConfigError):
     """There is no such index, sample or medium."""
 
 
-class Shelf:
-    """An index that is served under a name."""
+class _Opened:
+    """One generation of an index, and what is shown of it."""
 
-    def __init__(self, name: str, index: Index) -> None:
-        self.name, self.index = name, index
-        self._encoding, self._drawing = Lock(), Lock()  # one at a time: a large file takes hundreds of megabytes
-        model, manifest = index.model, index.manifest
-        self.kinds = {m: model.encoder(m).kind for m in model.modalities}
-        # Kind -> the modality of the model that is shown under it, the kind itself where the model has none.
-        self.names = {kind: next((m for m, k in self.kinds.items() if k == kind), kind) for kind in FORMATS}
-        self.samples = Samples([(manifest["shards"], manifest["data"])], self.names)
-        self._positions: NDArray[np.int64] = index.rows.column("position").to_numpy()
-        self._order = np.argsort(self._positions, kind="stable")
-
-    # -------------------------------------------------------------------------------------------- what it is
-
-    @cached_property
-    def description(self) -> Description:
-        """The index and the model that made it."""
-        m = self.index.manifest
-        return Description(
-            name=self.name,
+    def __init__(self, shelf: Shelf) -> None:
+        m, model = shelf.index.manifest, shelf.index.model
+        self.rows = Rows(shelf.index)
+        self.samples = Samples([(source["shards"], source["data"]) for source in m["sources"]], shelf.names)
+        self.description = Description(
+            name=shelf.name,
             modality=m["modality"],
-            kind=self.kinds[m["modality"]],
+            kind=shelf.kinds[m["modality"].partition("+")[0]],
             count=m["count"],
             dim=m["dim"],
             type=m["type"],
@@ -66,16 +59,40 @@ class Shelf:
             model=Model(
                 name="/".join(Path(m["model"]).parts[-2:]),
                 hash=m["model_hash"],
-                towers=[self._tower(name) for name in self.kinds],
+                towers=[_tower(model, name) for name in shelf.kinds],
             ),
         )
 
-    def _tower(self, name: str) -> Tower:
-        transform = self.index.model.encoder(name).transform(train=False)
-        if not isinstance(transform, SignalTransform):
-            return Tower(name=name, kind=self.kinds[name])
-        c = transform.config
-        return Tower(name=name, kind=self.kinds[name], rate=c.rate, channels=list(c.channels))
+
+class Shelf:
+    """An index that is served under a name. What is written to the index while it is served is seen a second later."""
+
+    def __init__(self, name: str, index: Index) -> None:
+        self.name, self.index = name, index
+        self._encoding, self._drawing = Lock(), Lock()  # one at a time: a large file takes hundreds of megabytes
+        self._searching = Lock()  # an index must not be refreshed while it searches, nor its rows be read twice at once
+        self.kinds = {m: index.model.encoder(m).kind for m in index.model.modalities}
+        # Kind -> the modality of the model that is shown under it, the kind itself where the model has none.
+        self.names = {kind: next((m for m, k in self.kinds.items() if k == kind), kind) for kind in FORMATS}
+        self._opened, self._looked = _Opened(self), time.monotonic()
+
+    @property
+    def now(self) -> _Opened:
+        """What stands in the index, or stood a second ago."""
+        with self._searching:
+            if time.monotonic() - self._looked > _FRESH_SECONDS:
+                try:
+                    if self.index.refresh():
+                        self._opened = _Opened(self)
+                except ConfigError as error:  # replaced by another, or removed: the old one still answers
+                    print(f"{self.name} is served as it was: {error}", file=sys.stderr)
+                self._looked = time.monotonic()
+            return self._opened
+
+    @property
+    def description(self) -> Description:
+        """The index and the model that made it."""
+        return self.now.description
 
     # -------------------------------------------------------------------------------------------- queries
 
@@ -91,22 +108,28 @@ class Shelf:
             ConfigError: a part that cannot be used, or parts that cancel each other.
             NotFound: a part names a sample or an index that is not there.
         """
-        total = np.zeros(self.index.manifest["dim"], np.float32)
+        total, now = np.zeros(self.index.manifest["dim"], np.float32), self.now
         for number, part in enumerate(parts, 1):
             try:
-                total += part.weight * self._embedding(part, others)
+                total += part.weight * self._embedding(part, now, others)
             except BadSample as error:
                 which = f"part {number} of the query" if len(parts) > 1 else "the query"
                 raise ConfigError(f"{which} cannot be used: {error}") from None
         norm = float(np.linalg.norm(total))
         if not norm > 1e-6:
             raise ConfigError("the parts of the query cancel each other; change a weight, or leave one out")
-        named = {self._row(p.like) for p in parts if p.like is not None and others.get(p.of or "", self) is self}
-        scores, rows = self.index.index.search((total / norm)[None], min(top + len(named), self.description.count))
-        found = [(float(s), r) for s, r in zip(scores[0], rows[0].tolist(), strict=True) if r >= 0 and r not in named]
-        return [Hit(score=round(score, 6), **dict(self._sample(row))) for score, row in found[:top]]
+        named = [p.like for p in parts if p.like is not None and others.get(p.of or "", self) is self]
+        with self._searching:
+            hits = self.index.search_vectors((total / norm)[None], top=top + len(named))[0]
+            now = self._opened  # of the generation that was searched
+        found = [(Place(hit.source, hit.position), hit) for hit in hits]
+        shown = [(place, hit) for place, hit in found if str(place) not in named][:top]
+        return [
+            Hit(score=round(hit.score, 6), **self._facts(now, place, hit.key, hit.shard, hit.text, hit.metadata))
+            for place, hit in shown
+        ]
 
-    def _embedding(self, part: Part, others: Mapping[str, Shelf]) -> NDArray[np.float32]:
+    def _embedding(self, part: Part, now: _Opened, others: Mapping[str, Shelf]) -> NDArray[np.float32]:
         """[D], unit norm."""
         given = [name for name in ("text", "data", "like") if getattr(part, name) is not None]
         if len(given) != 1:
@@ -116,7 +139,7 @@ class Shelf:
                 raise NotFound(f"there is no index {part.of!r}{suggest(part.of, others)}")
             origin = others[part.of] if part.of is not None else self
             if origin is self:
-                return self.index.index.reconstruct(self._row(part.like))
+                return now.rows.vector(self._row(now, part.like))
             return self._encoded(*self._from(origin, part.like))
         modality, kind = self._asked(part)
         if (kind == "text") != (part.text is not None):
@@ -132,9 +155,10 @@ class Shelf:
 
     def _from(self, origin: Shelf, sample: str) -> tuple[str, Any]:
         """A sample of another index as this one's model can take it: what that index is of, or else what there is."""
-        place, kind = origin.place(sample), origin.description.kind
+        there = origin.now
+        place, kind = origin.place(sample, there), there.description.kind
         for own in sorted(self.kinds, key=lambda m: self.kinds[m] != kind):
-            value = origin.samples.raw(place, origin.names[self.kinds[own]])
+            value = there.samples.raw(place, origin.names[self.kinds[own]])
             if value is not None:
                 return own, value
         raise BadSample(f"sample {sample} of {origin.name} has nothing that the model of {self.name} knows")
@@ -158,7 +182,7 @@ class Shelf:
             raise BadSample(f"its file has {len(data)} bytes; the most are {MAX_FILE_BYTES}")
         if kind != SIGNAL:
             return data
-        tower = self._tower(modality)
+        tower = _tower(self.index.model, modality)
         rate, channels = part.rate or tower.rate, part.channels or tower.channels or []
         try:
             return signal(data, lambda: {"rate": rate, "channels": channels})
@@ -174,13 +198,13 @@ class Shelf:
         Raises:
             NotFound: the index does not have it.
         """
-        return self._sample(self._row(sample))
+        now = self.now
+        return self._sample(now, self._row(now, sample))
 
     def some(self, count: int, seed: int) -> list[Sample]:
         """Samples to begin with, drawn at random."""
-        n = len(self._positions)
-        rows = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
-        return [self._sample(row) for row in rows.tolist()]
+        now = self.now
+        return [self._sample(now, row) for row in now.rows.some(count, seed)]
 
     def kind(self, sample: str, modality: str) -> str | None:
         """Whether what a sample has under a name is an image, audio or timeseries; None where it has nothing to show.
@@ -188,7 +212,9 @@ class Shelf:
         Raises:
             NotFound: the index does not have it.
         """
-        return next((m.kind for m in self.samples.media(self.place(sample)) if m.modality == modality), None)
+        now = self.now
+        media = now.samples.media(self.place(sample, now))
+        return next((m.kind for m in media if m.modality == modality), None)
 
     def picture(self, sample: str, modality: str, *, side: int) -> bytes:
         """A picture as WebP.
@@ -215,51 +241,66 @@ class Shelf:
             NotFound: the sample has none, or it cannot be read.
         """
         with self._shown(sample, modality, (Sound, Signal)) as value:
-            return media.plot(value, self.samples.metadata(Place.of(sample), modality).get("units"))
+            return media.plot(value, self.now.samples.facts(Place.of(sample), modality).get("units"))
 
     def tag(self, sample: str, *what: object) -> str:
         """Changes when what is shown of a sample does: the address alone may belong to another index tomorrow."""
-        data = self.samples.fingerprints[self.place(sample).source]
+        now = self.now
+        data = now.samples.fingerprints[self.place(sample, now).source]
         return f'"{data}-{sample}-{"-".join(map(str, what))}"'
 
     @contextmanager
     def _shown(self, sample: str, modality: str, kind: type | tuple[type, ...]) -> Generator[Any]:
-        place = self.place(sample)
+        now = self.now
+        place = self.place(sample, now)
         with self._drawing:
             try:
-                value = self.samples.raw(place, modality)
+                value = now.samples.raw(place, modality)
                 if not isinstance(value, kind):
                     raise NotFound(f"sample {sample} has nothing of {modality[:100]!r} that can be shown so")
                 yield value
             except BadSample as error:
                 raise NotFound(f"{modality} of sample {sample} cannot be shown: {error}") from None
 
-    def place(self, sample: str) -> Place:
+    def place(self, sample: str, now: _Opened) -> Place:
         """Where a sample of the index lies; what was not indexed, or was deleted, is not shown either.
 
         Raises:
             NotFound: the index does not have it.
         """
-        self._row(sample)
+        self._row(now, sample)
         return Place.of(sample)
 
-    def _row(self, sample: str) -> int:
-        place = Place.of(sample)
-        at = int(np.searchsorted(self._positions, place.position, sorter=self._order))
-        row = int(self._order[at]) if at < len(self._order) else -1
-        if place.source or row < 0 or self._positions[row] != place.position:
+    def _row(self, now: _Opened, sample: str) -> int:
+        row = now.rows.find(Place.of(sample))
+        if row is None:
             raise NotFound(f"the index {self.name} has no sample {sample}")
         return row
 
-    def _sample(self, row: int) -> Sample:
-        facts = self.index.rows.slice(row, 1).to_pylist()[0]
-        place = Place(0, facts["position"])
-        said = self.samples.text(place) or facts["text"]
-        return Sample(
-            id=str(place),
-            key=media.text(facts["key"]),
-            shard=media.text(facts["shard"]),
-            text=None if said is None else media.text(said[: media.TEXT]),
-            media=self.samples.media(place),
-            metadata=media.metadata(self.samples.metadata(place)),
-        )
+    def _sample(self, now: _Opened, row: int) -> Sample:
+        with self._searching:
+            facts = now.rows.facts(row)
+        key, shard, source, position, text = (facts.pop(name) for name in COLUMNS.names)
+        meta = {name: value for name, value in facts.items() if value is not None}
+        return Sample(**self._facts(now, Place(source, position), key, shard, text, meta))
+
+    def _facts(
+        self, now: _Opened, place: Place, key: str, shard: str, text: str | None, meta: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        said = now.samples.text(place) or text
+        return {
+            "id": str(place),
+            "key": media.text(key),
+            "shard": media.text(shard),
+            "text": None if said is None else media.text(said[: media.TEXT]),
+            "media": now.samples.media(place),
+            "metadata": media.metadata(meta),
+        }
+
+
+def _tower(model: MultiEncoder, name: str) -> Tower:
+    encoder = model.encoder(name)
+    transform = encoder.transform(train=False)
+    if not isinstance(transform, SignalTransform):
+        return Tower(name=name, kind=encoder.kind)
+    return Tower(name=name, kind=encoder.kind, rate=transform.config.rate, channels=list(transform.config.channels))
