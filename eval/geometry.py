@@ -18,6 +18,7 @@ from mmcontrast.eval.embed import Embedded
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.statistics import mean
 from mmcontrast.eval.task import EmbeddedTask, groups_of
+from mmcontrast.geometry import centroid_distance, effective_rank, spread
 
 
 class Geometry(EmbeddedTask):
@@ -63,37 +64,22 @@ class Geometry(EmbeddedTask):
             raise ConfigError(f"{len(rows)} samples have both {x} and {y}; geometry needs at least 2")
         zx, zy = zx.double(), zy.double()
         matched = (zx * zy).sum(1)
-        across, mismatched = _spread(zx, zy, self.config.t)
+        across, mismatched = spread(zx, zy, self.config.t)
         found: dict[str, float | None] = {
-            "centroid_distance": float((zx.mean(0) - zy.mean(0)).norm()),
+            "centroid_distance": centroid_distance(zx, zy),
             "linear_separability": _separability(zx, zy),
             "mismatched_cosine": mismatched,
             "cross_uniformity": across,
         }
         for name, z in ((x, zx), (y, zy)):
-            found[f"uniformity_{name}"], found[f"cosine_within_{name}"] = _spread(z, z, self.config.t)
-            found[f"effective_rank_{name}"] = _effective_rank(z)
+            found[f"uniformity_{name}"], found[f"cosine_within_{name}"] = spread(z, z, self.config.t)
+            found[f"effective_rank_{name}"] = effective_rank(z)
         items = Items(
             data.names_of(rows),
             {"matched_cosine": mean(matched.numpy()), "alignment": mean((2 - 2 * matched).numpy())},
             groups_of(data.meta, rows.tolist(), self.config.bootstrap_by),
         )
         return Result("geometry", [items], facts=found, counts={"samples": len(rows)})
-
-
-def _spread(a: Tensor, b: Tensor, t: float, *, chunk: int = 1024) -> tuple[float, float]:
-    """Log mean e^{-t |a_i - b_j|^2} and mean cosine over i != j; holds [chunk, n] scores at most."""
-    n = len(a)
-    powers, cosines = 0.0, 0.0
-    for start in range(0, n, chunk):
-        scores = a[start : start + chunk] @ b.T
-        own = torch.arange(len(scores))
-        cosines += float(scores.sum() - scores[own, own + start].sum())
-        scores = (t * (2 * scores - 2)).exp()
-        powers += float(scores.sum() - scores[own, own + start].sum())
-    pairs = n * (n - 1)
-    # Points on opposite sides at a large t: the mean may be below the smallest number.
-    return float(np.log(max(powers / pairs, np.finfo(np.float64).tiny))), cosines / pairs
 
 
 def _separability(x: Tensor, y: Tensor) -> float | None:
@@ -107,9 +93,3 @@ def _separability(x: Tensor, y: Tensor) -> float | None:
     labels = [np.repeat([0, 1], int(keep.sum())) for keep in (~held, held)]
     classifier = LogisticRegression(max_iter=1000).fit(parts[0], labels[0])
     return float(classifier.score(parts[1], labels[1]))
-
-
-def _effective_rank(z: Tensor) -> float:
-    values = torch.linalg.svdvals(z - z.mean(0))
-    p = values / values.sum().clamp(min=torch.finfo(z.dtype).tiny)
-    return float(torch.exp(-(p * p.clamp(min=torch.finfo(z.dtype).tiny).log()).sum()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,7 +21,7 @@ Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]
 
 FREE = (
     *("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "not_finite", "max_not_finite"),
-    *("block", "keep_bytes", "micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes"),
+    *("block", "keep_bytes", "micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes", "health"),
 )
 """Settings that may be others when a run goes on."""
 # Which data they are, the fingerprint says.
@@ -74,6 +75,25 @@ class RunFolder:
             OSError: it could not be written.
         """
         self._first(lambda: self.checkpoints.mark_best(step, values))
+
+    def write_average(
+        self, step: int, model: Mapping[str, Any], save_assets: Callable[[Path], None], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Write `RUN/ema`, a run folder of the averaged weights for whatever takes one, over what an earlier run left.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+        def work() -> None:
+            folder = self.path / "ema"
+            shutil.rmtree(folder, ignore_errors=True)
+            save_assets(folder / "assets")
+            (folder / "config.json").write_text(json.dumps({"model": model}, indent=2) + "\n", "utf-8")
+            checkpoints: Checkpoints = Checkpoints.Config(background=False).build(folder)
+            checkpoints.save(step, {"model": tensors}, {})
+
+        self._first(work)
 
     def finish(self) -> None:
         """Wait until the last checkpoint stands; asks no other rank, since an error may be on its way there.

@@ -32,8 +32,11 @@ from mmcontrast.checkpoint import (
 from mmcontrast.config import ConfigError, Configurable, suggest, to_dict
 from mmcontrast.data.stream import Batches
 from mmcontrast.data.tally import Tally
+from mmcontrast.ema import EMA
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.health import Report
+from mmcontrast.health.measure import gradient_norms, measure
+from mmcontrast.health.pulse import Pulse
+from mmcontrast.health.rules import Health
 from mmcontrast.interrupts import Interrupted, Interrupts
 from mmcontrast.not_finite import describe, write
 from mmcontrast.objectives.base import Objective
@@ -45,6 +48,7 @@ from mmcontrast.optim import (
     optimizer_numbers,
     set_rate,
 )
+from mmcontrast.progress import Progress
 from mmcontrast.run_folder import Content, RunFolder
 from mmcontrast.schedules import Cosine, Schedule
 from mmcontrast.sharding import Result, World, value_and_grad
@@ -120,7 +124,11 @@ class Trainer(Configurable):
         log_every: int = 10
         """Steps between lines of metrics.jsonl."""
         trackers: tuple[str, ...] = ()
-        """Trackers of Accelerate, such as tensorboard or wandb."""
+        """Trackers of Accelerate: tensorboard, wandb, mlflow, trackio …; metrics.jsonl is always written."""
+        ema: EMA.Config = field(default_factory=EMA.Config)
+        """Moving average of the weights, evaluated and saved beside them."""
+        health: Health.Config = field(default_factory=Health.Config)
+        """What is watched while training."""
 
     def __init__(self, config: Config) -> None:
         """Build model, objectives, stream and optimizer on every rank.
@@ -177,6 +185,8 @@ class Trainer(Configurable):
             rank=self.world.rank,
             world=self.world.size,
         )
+        # A copy, so before the wrapper and its hooks.
+        self.ema: EMA | None = None if config.ema.decay is None else config.ema.build(self.model.to(self.device))
         trains = any(p.requires_grad for p in self.model.parameters())  # else only the objectives do; DDP refuses that
         self.wrapped: nn.Module = self.accelerator.prepare_model(self.model, evaluation_mode=not trains)
         optimizer: Optimizer = config.optimizer.build()
@@ -188,6 +198,15 @@ class Trainer(Configurable):
         self.interrupts, self.agreed = Interrupts(), Agreed()
         self.skipped_steps = 0
         self._embedded: Mapping[str, Tensor] = {}
+        self.health = self._health()
+        self.pulse = Pulse(
+            config.out,
+            rank=self.world.rank,
+            size=self.world.size,
+            stalled_after=config.health.stalled_after,
+            device=self.device,
+        )
+        self.measured: dict[str, float] = {}  # of the step that is done, now and then
 
     def _check_micro_batches(self) -> None:
         """Raise where a tower is asked for that is not there, or one head would read two sizes."""
@@ -230,7 +249,7 @@ class Trainer(Configurable):
         if self.config.trackers:
             self.accelerator.init_trackers("mmcontrast", config={"config": json.dumps(to_dict(self.config))})
         values: dict[str, Any] = {}
-        report = Report(
+        progress = Progress(
             self.config.out / "metrics.jsonl",
             first=first,
             steps=steps,
@@ -240,14 +259,17 @@ class Trainer(Configurable):
             main=self.is_main,
             data_values=self.data_values,
             track=self.accelerator.log if self.config.trackers else None,
+            health=self.health,
+            pulse=self.pulse,
+            gather=self.world.gather_objects,
         )
-        batches = report.timed(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"))
+        batches = progress.timed(self.stream.batches(first, steps, pin_memory=self.device.type == "cuda"))
         try:
-            with self.interrupts:
+            with self.interrupts, self.pulse:
                 for step, batch in zip(range(first, steps), batches, strict=True):
                     values = self.step(step, batch.to(self.device))
                     self.tally.add(batch)
-                    report.after(step, values)
+                    progress.after(step, values, self.measured)
                     # Before an evaluation, that may fail, and must not cost what was trained.
                     saved = self._due(self.config.checkpoint.every, step) or self.agreed.save or self.agreed.stop
                     if saved:
@@ -255,21 +277,27 @@ class Trainer(Configurable):
                     if self.agreed.stop and step + 1 < steps:
                         raise Interrupted(f"{self.config.out}: saved at step {step + 1}; start again to go on")
                     if self._due(self.config.eval_every, step):
+                        self.pulse.enter("evaluate", step)
                         found = self._evaluate()
-                        report.write(step + 1, found)
+                        progress.write(step + 1, found)
                         if self.folder.improved(found):
                             if not saved:
                                 self._save(step + 1)
                             self.folder.mark_best(step + 1, found)
         finally:
             self.folder.finish()
-        report.close()
+        progress.close()
+        if self.ema is not None:
+            average = self.ema.model
+            self.folder.write_average(steps, to_dict(self.config.model), average.save_assets, average.state_dict())
         if self.config.trackers:
             self.accelerator.end_training()
         return {name: float(value) for name, value in values.items()}
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step on this rank's batch."""
+        self.pulse.enter("encode", step)
+        self.measured = {}
         self.model.train()
         state = [buffer.clone() for buffer in self.objectives.buffers()]
         with self.accelerator.autocast():
@@ -291,6 +319,8 @@ class Trainer(Configurable):
             no_sync=self._synced(False),
             sync=self._synced(True),
         )
+        if self.health.due(step):
+            self.measured |= gradient_norms(self._towers())
         norm = clip_gradients(self.names, self.config.clip_norm)
         finite = math.isfinite(float(norm)) and math.isfinite(float(result.loss))
         self.agreed = self._agree(not finite)
@@ -299,6 +329,8 @@ class Trainer(Configurable):
         rate = self.config.optimizer.lr * self.schedule.factor(step, self.config.steps)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, step)
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, Tensor | float] = {"loss": result.loss, "lr": rate, "grad_norm": norm}
         for name, term in self.terms.items():
@@ -307,8 +339,7 @@ class Trainer(Configurable):
             if term.weight_schedule:
                 values[f"{name}.weight"] = term.weight_at(step)
         values |= result.observed
-        if len(result.terms) > 1:
-            values |= {f"{name}.loss": value for name, value in result.terms.items()}
+        values |= {f"{name}.loss": value for name, value in result.terms.items()}
         return values
 
     def _agree(self, not_finite: bool) -> Agreed:
@@ -348,6 +379,9 @@ class Trainer(Configurable):
 
     def _loss(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int) -> Result:
         self._embedded = z
+        self.pulse.enter("exchange", step)
+        if self.health.due(step):
+            self.measured |= measure(z, present, batch, self.terms, self.world)
         return value_and_grad(
             self.terms,
             z,
@@ -358,6 +392,22 @@ class Trainer(Configurable):
             keep_bytes=self.config.keep_bytes,
             step=step,
             world=self.world,
+        )
+
+    def _towers(self) -> dict[str, list[nn.Parameter]]:
+        """Modality -> parameters of its tower and projection."""
+        model = self.model
+        return {m: [*model.encoder(m).parameters(), *model.projections[m].parameters()] for m in model.modalities}
+
+    def _health(self) -> Health:
+        config = self.config
+        limits = {f"{name}.{m}": range_ for name, term in self.terms.items() for m, range_ in term.limits().items()}
+        return config.health.build(
+            global_batch=config.global_batch,
+            settled=round(config.schedule.warmup * config.steps),
+            weights={name: term.weight for name, term in self.terms.items()},
+            limits=limits,
+            labelled=any(getattr(objective, "never_negative", ()) for objective in config.objectives.values()),
         )
 
     def _synced(self, on: bool) -> Callable[[], AbstractContextManager[None]]:
@@ -379,6 +429,9 @@ class Trainer(Configurable):
             try:
                 for name, evaluator in self.evaluators.items():
                     found |= {f"eval/{name}/{key}": value for key, value in evaluator.run(self.model).items()}
+                    if self.ema is not None:
+                        answers = evaluator.run(self.ema.model)
+                        found |= {f"eval_ema/{name}/{key}": value for key, value in answers.items()}
             except ConfigError as error:
                 problem = error
         self.folder.raise_together(problem)
@@ -387,6 +440,7 @@ class Trainer(Configurable):
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, step: int) -> None:
+        self.pulse.enter("save", step - 1)
         tally = self.tallied()
 
         def content() -> Content:
@@ -395,6 +449,8 @@ class Trainer(Configurable):
                 "objectives": self.objectives.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer, self.names),
             }
+            if self.ema is not None:
+                tensors["ema"] = self.ema.model.state_dict()
             return tensors, {
                 "stream": self.stream.state(),
                 "tally": tally.state(),
@@ -421,6 +477,8 @@ class Trainer(Configurable):
         self.model.load_state_dict(read_tensors(newest, "model"))
         self.objectives.load_state_dict(read_tensors(newest, "objectives"))
         load_optimizer(self.optimizer, self.names, read_tensors(newest, "optimizer"))
+        if self.ema is not None:
+            self.ema.model.load_state_dict(read_tensors(newest, "ema"))
         load_optimizer_numbers(self.optimizer, self.names, state["optimizer"])
         self.skipped_steps = int(state["skipped_steps"])
         return int(state["step"])

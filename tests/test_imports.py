@@ -33,7 +33,10 @@ MAY = {
     "cached": {"config", "batch", "randomness", "objectives", "sharding", "heads"},
     "data": LOW | {"shard_cache", "data"},
     "optim": {"config", "encoders"},
-    "health": {"batch"},
+    "ema": {"config", "encoders"},
+    "geometry": set[str](),
+    "health": {"config", "batch", "geometry", "objectives", "health"},
+    "progress": {"batch", "health"},
     "checkpoint": {"config", "batch", "shards", "encoders"},
     "interrupts": {"config"},
     "not_finite": {"batch"},
@@ -41,7 +44,7 @@ MAY = {
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
     | {"interrupts", "not_finite", "run_folder"}
-    | {"schedules"},
+    | {"schedules", "ema", "progress"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
     "processes": {"config"},
@@ -49,7 +52,7 @@ MAY = {
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
     | {"arguments", "page", "processes", "check"},
-    "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "page", "eval"},
+    "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "page", "geometry", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "data_prep"},
     "quickstart": {"config"},
 }

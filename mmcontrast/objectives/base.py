@@ -121,6 +121,17 @@ class Objective(nn.Module, Configurable):
         """What a person wants to watch of the parameters, such as the temperature."""
         return {}
 
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """Metric -> the range that `clamp` keeps it in, of those that learn."""
+        return {}
+
+    def chance(self, counts: Mapping[str, int]) -> float | None:
+        """About the loss, without its weight, of embeddings that tell nothing apart; None where nothing is known.
+
+        `counts` is modality -> rows of the global batch that have it.
+        """
+        return None
+
 
 def masked_logsumexp(scores: Tensor, masked: Tensor, dim: int) -> Tensor:
     """log-sum-exp over the entries that are not masked; -inf, with zero gradient, where none is left."""

@@ -5,6 +5,8 @@ Letters: N rows of the global batch.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,12 @@ class InfoNCE(DirectedPairs):
             if self.both:
                 wants |= frozenset[Statistic]({"column_sums", "column_counts"})
         return wants
+
+    def chance(self, counts: Mapping[str, int]) -> float:
+        """The logarithm of the candidates of a row: the other modality's rows."""
+        backward = 0.5 if self.both else 0.0
+        shares = [(v.share, math.log(max(1, counts[v.y])), math.log(max(1, counts[v.x]))) for v in self.views.values()]
+        return sum(share * ((1 - backward) * there + backward * back) for share, there, back in shares)
 
     def row_loss(self, rows: Direction) -> Tensor:
         """log(1 + e^{off - positive}), and the smoothing."""

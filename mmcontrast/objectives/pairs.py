@@ -104,6 +104,12 @@ class ScaledPairs(Objective):
         """The logit scale."""
         return {"logit_scale": float(self.log_scale.detach().exp())}
 
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """Of the scales, if they learn."""
+        return {
+            name: (1.0, self.max_scale) for name in self.metrics() if "scale" in name and self.log_scale.requires_grad
+        }
+
 
 @dataclass(frozen=True)
 class View:

@@ -156,6 +156,23 @@ class Symile(ScoreObjective):
         """The logit scale."""
         return {"logit_scale": float(self.log_scale.detach().exp())}
 
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """Of the scale, if it learns and has one."""
+        if self.config.max_scale is None or not self.log_scale.requires_grad:
+            return {}
+        return {"logit_scale": (0.0, self.config.max_scale)}
+
+    def chance(self, counts: Mapping[str, int]) -> float | None:
+        """The logarithm of the tuples that a row is compared with; unknown where learned embeddings stand in."""
+        if self.config.learned_missing is not None:
+            return None
+        found: list[float] = []
+        for anchor in self.modalities:
+            others = [max(1, counts[m]) for m in self.modalities if m != anchor]
+            tuples = {"shuffled": 1 + min(others), "single": counts[anchor], "all": math.prod(others)}
+            found.append(math.log(max(1, tuples[self.config.negatives])))
+        return sum(found) / len(found)
+
     # ------------------------------------------------------------------------------------------ matrices
 
     def _matrix(self, block: Block, anchor: str, columns: Tensor, taken: list[Tensor], has_column: Tensor) -> Scores:
