@@ -58,8 +58,8 @@ def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
     if path.is_dir() or "," not in str(given):
         if not path.is_dir():
             raise ConfigError(
-                f"there is no model {str(given)!r}: it takes a run folder, a folder of transformers, or "
-                "ARCHITECTURE,WEIGHTS of open_clip, such as ViT-B-32,weights.safetensors"
+                f"there is no run folder {str(given)!r}, nor a folder of transformers; models of open_clip are "
+                "ARCHITECTURE,WEIGHTS, such as ViT-B-32,weights.safetensors"
             )
         checkpoint = find_checkpoint(path)
         return Asked(load_checkpoint(checkpoint, trust=trust), str(given), checkpoint.name, model_hash(checkpoint))

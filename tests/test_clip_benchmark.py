@@ -149,7 +149,7 @@ def test_the_layout_as_it_is(both: SideBySide, tmp_path: Path) -> None:
 
 def test_models_that_are_not_there(both: SideBySide, tmp_path: Path) -> None:
     for given, said in (
-        ("nowhere", "there is no model 'nowhere': it takes a run folder, a folder of transformers"),
+        ("nowhere", "there is no run folder 'nowhere', nor a folder of transformers; models of open_clip are"),
         ("ViT-B-23,x.pt", "no architecture 'ViT-B-23'; did you mean"),
         (f"{made.ARCHITECTURE},gone.pt", "'gone.pt' is neither a file nor known weights"),
         (f"ViT-B-32,{both.model.split(',')[1]}", "open_clip cannot make ViT-B-32 of"),
