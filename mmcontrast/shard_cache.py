@@ -99,7 +99,14 @@ class Cache:
         part = path.with_suffix(".part")
         file = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # Whoever brings it goes on to read it with a shared lock on the same file. To wait for the only lock
+                # would be to wait for that too, perhaps for one who waits for us.
+                fcntl.flock(file, fcntl.LOCK_SH)
+                os.close(file)
+                return None
             if not _is(part, file):  # whoever had the lock has finished it, or it was thrown away
                 os.close(file)
                 return None

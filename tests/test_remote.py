@@ -612,6 +612,27 @@ def test_processes_that_want_one_shard_bring_it_once(tmp_path: Path, site: Site,
     assert times(site, ".tar") == times(site, ".index.json") == {f"/data/{i:05d}": 1 for i in range(3)}
 
 
+def test_who_waits_for_a_shard_has_it_while_the_one_that_brought_it_reads(
+    tmp_path: Path, site: Site, cache: Cache
+) -> None:
+    address = Address(site.put(written(tmp_path / "data", 4)) + "/00000.tar")
+    site.faults["/data/00000.tar"] = [late(0.3)]
+    found: list[int] = []
+
+    def read() -> None:
+        found.append(replace(cache, patience=replace(QUICK, timeout=5)).open(address, "it"))
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(found) == 3, "one waits for the other to close what it reads"
+    assert len({os.fstat(file).st_ino for file in found}) == 1 and times(site, ".tar") == {"/data/00000": 1}
+    for file in found:
+        os.close(file)
+
+
 @pytest.mark.timeout(60)
 def test_a_killed_process_leaves_its_part_to_the_next(tmp_path: Path, site: Site, cache: Cache) -> None:
     local = open_shards([str(written(tmp_path / "data", 4))])
