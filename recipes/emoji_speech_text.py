@@ -6,7 +6,7 @@
 EfficientNet-Lite0 and MiniLM stay as they are under learned projections; a small network that hears the speech learns
 from nothing. After 200 steps (6 minutes of processor time), for 162 concepts that were never seen, read or heard in
 training, within 10 of 162, chance .062: text by speech .53 [.45, .61], picture by speech .26 [.19, .33], picture by
-text .45 [.38, .53] (.56 in `emoji`, which trains the picture tower too). How long a name takes to say gives it away in
+text .45 [.38, .53] (.60 in `emoji`, which trains the picture tower too). How long a name takes to say gives it away in
 part: a guess of the text's length from the duration alone finds the text for .40; it says nothing of pictures.
 """
 
