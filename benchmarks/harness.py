@@ -212,6 +212,18 @@ class Report:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def tell(report: Report, goals: Sequence[Goal], file: Path | None, *, selection: str = "sections") -> None:
+    """The end of a benchmark's command: write what was found, print the table, and name what was left out."""
+    for goal in goals:
+        if goal.ratio not in report.ratios:
+            report.left_out.setdefault(goal.ratio, f"not in this selection of {selection}")
+    if file:
+        report.write(file)
+    say("\n" + table(goals, report))
+    for name, why in report.left_out.items():
+        say(f"left out: {name} ({why})")
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores and versions."""
     import os

@@ -50,7 +50,7 @@ from benchmarks.harness import (
     peak,
     peak_here,
     say,
-    table,
+    tell,
 )
 
 RANKS = 2
@@ -352,16 +352,9 @@ def main() -> None:
         sys.exit("the peers are not installed; run: pip install 'mmcontrast[benchmarks]'")
     plan = QUICK if asked.quick else Plan()
     report = run(plan, {name: SECTIONS[name] for name in asked.only or SECTIONS})
-    for goal in GOALS:
-        if goal.ratio not in report.ratios:
-            report.left_out.setdefault(goal.ratio, "not in this selection of sizes and sections")
-    if asked.json:
-        report.write(asked.json)
     if asked.chart:
         asked.chart.write_text(chart(report, plan))
-    say("\n" + table(GOALS, report))
-    for name, why in report.left_out.items():
-        say(f"left out: {name} ({why})")
+    tell(report, GOALS, asked.json, selection="sizes and sections")
 
 
 if __name__ == "__main__":

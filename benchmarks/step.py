@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import step_arms as arms
-from benchmarks.harness import Goal, Peak, Report, Seconds, Work, alternate, median_ratio, peak, say, table
+from benchmarks.harness import Goal, Peak, Report, Seconds, Work, alternate, median_ratio, peak, say, tell
 from benchmarks.step_arms import SMALL, TINY, Towers
 from mmcontrast.cached import Keep
 
@@ -229,14 +229,7 @@ def main() -> None:
     if importlib.util.find_spec("gradcache") is None:
         sys.exit("a peer is not installed; run: pip install 'mmcontrast[benchmarks]'")
     report = run(QUICK if asked.quick else Plan(), {name: SECTIONS[name] for name in asked.only or SECTIONS})
-    for goal in GOALS:
-        if goal.ratio not in report.ratios:
-            report.left_out.setdefault(goal.ratio, "not in this selection of sections")
-    if asked.json:
-        report.write(asked.json)
-    say("\n" + table(GOALS, report))
-    for name, why in report.left_out.items():
-        say(f"left out: {name} ({why})")
+    tell(report, GOALS, asked.json)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from torch import Tensor
 from benchmarks import stream_arms as arms
 from benchmarks import stream_data
 from benchmarks.counters import resident_mb
-from benchmarks.harness import Goal, Report, Work, alternate, in_processes, median_ratio, say, table
+from benchmarks.harness import Goal, Report, Work, alternate, in_processes, median_ratio, say, tell
 from benchmarks.stream_data import SIZES, SOUND_RATE
 from mmcontrast.decode import Box, audio, picture
 from mmcontrast.encoders.image import random_box
@@ -339,14 +339,7 @@ def main() -> None:
     if importlib.util.find_spec("skimage") is None or importlib.util.find_spec("pandas") is None:
         sys.exit("photographs or peers are not installed; run: pip install 'mmcontrast[benchmarks]'")
     report = run(QUICK if asked.quick else Plan(), {name: SECTIONS[name] for name in asked.only or SECTIONS})
-    for goal in GOALS:
-        if goal.ratio not in report.ratios:
-            report.left_out.setdefault(goal.ratio, "not in this selection of sections")
-    if asked.json:
-        report.write(asked.json)
-    say("\n" + table(GOALS, report))
-    for name, why in report.left_out.items():
-        say(f"left out: {name} ({why})")
+    tell(report, GOALS, asked.json)
 
 
 if __name__ == "__main__":
