@@ -157,10 +157,7 @@ class Checkpoints(Configurable):
         self.finish()  # or else RUN/best could name what a crash has left unwritten
         assert self.config.best is not None
         note = {"step": step, "measure": self.config.best, "value": values[self.config.best]}
-        temporary = self.folder / "best.json.tmp"
-        temporary.write_text(json.dumps(note) + "\n")
-        sync(temporary)
-        temporary.replace(self.folder / "best.json")
+        replace_text(self.folder / "best.json", json.dumps(note) + "\n")
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -332,6 +329,14 @@ def names_of(*modules: tuple[str, nn.Module]) -> dict[Tensor, str]:
 def _hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf-8")
+    sync(temporary)
+    temporary.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from mmcontrast.checkpoint import Checkpoints, list_checkpoints, read_config, sync
+from mmcontrast.checkpoint import Checkpoints, list_checkpoints, read_config, replace_text
 from mmcontrast.config import ConfigError
 from mmcontrast.sharding import World
 
@@ -137,10 +137,7 @@ class RunFolder:
             return
         out.mkdir(parents=True, exist_ok=True)
         save_assets(out / "assets")
-        temporary = out / "config.json.tmp"
-        temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        sync(temporary)
-        temporary.replace(out / "config.json")
+        replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
