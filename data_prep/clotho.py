@@ -24,8 +24,9 @@ from mmcontrast.data_prep.source import (
     numbered,
     sound_member,
 )
-from mmcontrast.data_prep.table import Cells, whole_table
+from mmcontrast.data_prep.table import whole_table
 from mmcontrast.shard_writer import Sample
+from mmcontrast.tables import Cells
 
 PARTS = {"development": "train", "validation": "val", "evaluation": "test"}
 """Part of the corpus -> split."""

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmcontrast.data_prep.source import Folded, Item, Row, folder_there, numbered, sound_member
-from mmcontrast.data_prep.table import Cells, whole_table
+from mmcontrast.data_prep.table import whole_table
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
+from mmcontrast.tables import Cells
 
 COLUMNS = ("filename", "fold", "target", "category", "esc10", "src_file", "take")
 

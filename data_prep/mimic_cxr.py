@@ -23,10 +23,11 @@ from typing import Any
 from mmcontrast.config import ConfigError
 from mmcontrast.data_prep.mimic_ecg import Record, read_records
 from mmcontrast.data_prep.source import Item, Row, Source, first_there, numbered, picture_member
-from mmcontrast.data_prep.table import Cells, whole_table
+from mmcontrast.data_prep.table import whole_table
 from mmcontrast.data_prep.wfdb_record import recording
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
+from mmcontrast.tables import Cells
 
 PARTS = {"train": "train", "validate": "val", "test": "test"}
 """Split of the corpus -> ours; it keeps a patient in one."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.data_prep.source import Grouped, Item, Row, folder_there, numbered
-from mmcontrast.data_prep.table import Cells, whole_table
+from mmcontrast.data_prep.table import whole_table
 from mmcontrast.data_prep.wfdb_record import recording, wfdb_there
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
+from mmcontrast.tables import Cells
 
 LINES = tuple(f"report_{number}" for number in range(18))
 

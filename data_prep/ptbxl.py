@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from mmcontrast.data_prep.source import Folded, Item, Row, folder_there, numbered
-from mmcontrast.data_prep.table import Cells, whole_table
+from mmcontrast.data_prep.table import whole_table
 from mmcontrast.data_prep.wfdb_record import recording, wfdb_there
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
+from mmcontrast.tables import Cells
 
 SUPERCLASSES = {
     "NORM": "normal ECG",

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.data_prep.source import Grouped, Item, Row, picture_member
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
-
-Cells = Mapping[str, Any]
+from mmcontrast.tables import Cells, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,38 +103,6 @@ def whole_table(path: Path, columns: Sequence[str], *, encoding: str = "utf-8-si
         if column not in rows[0][1]:
             raise ConfigError(f"{path} has no column {column!r}{suggest(column, [str(c) for c in rows[0][1]])}")
     return rows
-
-
-def read_rows(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[int, Cells | None]]:
-    """Rows with their numbers (lines, in JSON lines); None for one that is no row."""
-    zipped = path.suffix.lower() == ".gz"
-    kind = Path(path.stem if zipped else path.name).suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"):
-        raise ConfigError(f"{path} is no table that can be read: use .csv, .tsv, .jsonl or .parquet")
-    try:
-        if kind == ".parquet":
-            import pyarrow.parquet as pq
-
-            batches = pq.ParquetFile(path).iter_batches()
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-            return
-        with (gzip.open if zipped else open)(path, "rt", encoding=encoding, newline="") as file:
-            if kind in (".csv", ".tsv"):
-                yield from enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), 1)
-            else:
-                yield from ((number, _json_row(line)) for number, line in enumerate(file, 1) if line.strip())
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8; save it as UTF-8") from None
-    except (csv.Error, OSError, EOFError, ValueError) as error:  # pyarrow's errors are of the latter two
-        raise ConfigError(f"{path} cannot be read as {kind[1:]}: {error}") from None
-
-
-def _json_row(line: str) -> Cells | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return cast(Cells, row) if isinstance(row, dict) else None
 
 
 def _text(value: Any) -> str:

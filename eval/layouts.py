@@ -21,9 +21,9 @@ from typing import Any
 
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.eval.sources import Files, Record, Shards, Source
-from mmcontrast.eval.tables import TABLES, read_table
 from mmcontrast.manifest import MANIFEST
 from mmcontrast.shards import FORMATS, open_shards
+from mmcontrast.tables import TABLES, read_table
 
 SPLITS = ("test", "val", "train")
 _KIND_OF: Mapping[str, str] = {

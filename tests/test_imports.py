@@ -47,13 +47,14 @@ MAY = {
     | {"schedules", "ema", "progress"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
+    "tables": {"config"},
     "processes": {"config"},
     "page": set[str](),
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
     | {"arguments", "page", "processes", "check"},
-    "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "page", "geometry", "eval"},
-    "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "data_prep"},
+    "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "tables", "page", "geometry", "eval"},
+    "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},
     "quickstart": {"config"},
 }
 
