@@ -145,7 +145,7 @@ def full_batch(n: int, towers: Towers, micro_batch: int) -> Gradients:
         clip.zero_grad(set_to_none=True)
         z: dict[str, list[Tensor]] = {m: [] for m in encoders}
         for piece in pieces_of(batch, micro_batch):
-            torch.manual_seed(fold_seed(*SEED, piece.start))
+            torch.manual_seed(fold_seed(*SEED, piece.start, *piece.apart))
             for m, x in piece.inputs.items():
                 z[m].append(encoders[m](x))
         loss(torch.cat(z["image"]), torch.cat(z["text"]), clip.logit_scale.exp()).backward()

@@ -6,8 +6,8 @@ gradient through the encoders. The first micro-batches keep their graphs from (1
 need no second forward.
 
 Randomness of the encoders (dropout, patch dropout) is a function of (seed, step, first row): each micro-batch is
-seeded before it is encoded, so the second forward repeats the first, a resumed run repeats the uninterrupted one, and
-nothing has to be saved. Other micro-batches draw other masks.
+seeded before each tower encodes it, so the second forward repeats the first, a resumed run repeats the uninterrupted
+one, and nothing has to be saved. Other micro-batches draw other masks.
 
 Heads (`mmcontrast.heads`) need tokens but no other sample. They run in the forwards that keep a graph, so once per
 sample; the first pass leaves them out, and tokens live no longer than their micro-batch's graph.
@@ -15,7 +15,8 @@ sample; the first pass leaves them out, and tokens live no longer than their mic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ and, where heads run, head -> its sum over the micro-batch, a scalar."""
 @dataclass(frozen=True)
 class Keep:
     """How many graphs of the first pass are kept for the second: at least `graphs`, and more while they fit `bytes`.
+
+    A graph is that of one micro-batch in one tower, or in towers that a head reads together.
 
     What is kept changes no gradient but by rounding, and no random number. The measure is what autograd saves for the
     backward; it is the same in every run, so that a resumed run keeps the same graphs.
@@ -87,7 +90,7 @@ def forward_backward(
     """
     heads = heads or {}
     with_heads = encode_with_heads or encode
-    pieces = pieces_of(batch, micro_batch)
+    pieces = pieces_of(batch, micro_batch, [head.modalities for head in heads.values()])
     device = batch.ids.device
     # Before any forward: pass 2 must know by what to divide, and it ends micro-batch by micro-batch.
     counts = _sum_over_ranks({name: head.count(batch) for name, head in heads.items()}, world)
@@ -95,25 +98,13 @@ def forward_backward(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), no_sync():
         chunks: dict[str, list[Tensor]] = {m: [] for m in batch.rows}
-        graphs: list[Mapping[str, Tensor]] = []
-        measured = _Saved([*weights, *_tensors(batch)]) if keep.bytes else None
-        held, full = 0, False
+        kept = _Kept(keep, [*weights, *_tensors(batch)])
         for piece in pieces:
-            trying = len(graphs) < max(1, keep.graphs) or (measured is not None and not full)
-            if not trying:
+            if kept.tries:
+                encoded = kept.offered(lambda piece=piece: _encode(with_heads, piece, seed, first_row))
+            else:
                 with torch.no_grad():
                     encoded = _encode(encode, piece, seed, first_row)
-            elif measured is None:
-                encoded = _encode(with_heads, piece, seed, first_row)
-                graphs.append(encoded)
-            else:
-                with measured:
-                    encoded = _encode(with_heads, piece, seed, first_row)
-                # The graph at work takes its memory in any case: the budget is for those beside it.
-                full = held + measured.bytes > keep.bytes if graphs else False
-                if not full or len(graphs) < keep.graphs:
-                    held += measured.bytes if graphs else 0
-                    graphs.append(encoded)
             for m in piece.rows:
                 chunks[m].append(encoded[m].detach())
             del encoded  # or else the graph of one that did not fit would live on
@@ -126,9 +117,8 @@ def forward_backward(
         cotangents = {m: g * cotangent_scale for m, g in result.gradients.items()}
         counts = {name: count.clamp(min=1).to(result.loss.dtype) for name, count in counts.items()}
         cotangents |= {name: head.weight_at(step) * cotangent_scale / counts[name] for name, head in heads.items()}
-        graphs.reverse()  # so that each is let go of as soon as it has been used
         for at, piece in enumerate(pieces):
-            encoded = graphs.pop() if graphs else _encode(with_heads, piece, seed, first_row)
+            encoded = kept.graphs.popleft() if kept.graphs else _encode(with_heads, piece, seed, first_row)
             sums = {name: total + encoded[name].detach() if name in encoded else total for name, total in sums.items()}
             with sync() if at == len(pieces) - 1 else nullcontext():
                 _backward(encoded, piece, cotangents)
@@ -140,19 +130,56 @@ def forward_backward(
     return replace(result, loss=result.loss + of_heads, terms={**result.terms, **terms})
 
 
-def pieces_of(batch: Batch, micro_batch: int | Mapping[str, int]) -> list[MicroBatch]:
-    """The micro-batches, towers of one size together, the smaller ones last."""
-    if isinstance(micro_batch, int) or len(set(micro_batch.values())) == 1:
-        size = micro_batch if isinstance(micro_batch, int) else next(iter(micro_batch.values()))
-        return list(batch.split(size))
-    sizes: dict[int, list[str]] = {}
-    for modality in batch.rows:
-        sizes.setdefault(micro_batch[modality], []).append(modality)
-    pieces = [piece for size in sorted(sizes, reverse=True) for piece in batch.split(size, sizes[size])]
+def pieces_of(
+    batch: Batch, micro_batch: int | Mapping[str, int], joined: Iterable[Sequence[str]] = ()
+) -> list[MicroBatch]:
+    """The micro-batches in order of their first row, each of one tower, or of towers that a head reads together.
+
+    Towers that nothing joins are encoded one after the other, so that only one has its activations in memory.
+
+    Args:
+        batch: this rank's rows.
+        micro_batch: rows, or modality -> rows; the same for all that are joined.
+        joined: the modalities of each head.
+    """
+    groups = [[m] for m in batch.rows]
+    for together in joined:
+        touched = [group for group in groups if any(m in together for m in group)]
+        merged = [m for m in batch.rows if any(m in group for group in touched)]
+        groups = [group for group in groups if group not in touched] + [merged]
+    sizes = [micro_batch if isinstance(micro_batch, int) else micro_batch[group[0]] for group in groups]
+    if len(groups) == 1:
+        return list(batch.split(sizes[0]))
+    pieces = [piece for group, size in zip(groups, sizes, strict=True) for piece in batch.split(size, group)]
+    pieces.sort(key=lambda piece: piece.start)
     # A wrapper that reduces gradients waits for those of all towers in the last backward. The others run after those
     # of the piece, whose random numbers must not depend on which piece is a rank's last.
     own = pieces[-1].apart
     return [*pieces[:-1], replace(pieces[-1], towers=(*own, *(m for m in batch.rows if m not in own)))]
+
+
+class _Kept:
+    """The graphs of the first pass that the second need not make again, as many as `Keep` allows."""
+
+    def __init__(self, keep: Keep, there: Iterable[Tensor]) -> None:
+        self.graphs: deque[Mapping[str, Tensor]] = deque()  # left one by one, so that each is let go of once used
+        self._least = max(1, keep.graphs)  # the graph at work takes its memory in any case
+        self._left = keep.bytes
+        self._saved = _Saved(there) if keep.bytes else None
+
+    @property
+    def tries(self) -> bool:
+        return len(self.graphs) < self._least or self._left > 0
+
+    def offered(self, encode: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Encode, and keep the graph if it fits."""
+        with self._saved or nullcontext():
+            encoded = encode()
+        if self._saved and self.graphs:
+            self._left -= self._saved.bytes
+        if self._left >= 0 or len(self.graphs) < self._least:
+            self.graphs.append(encoded)
+        return encoded
 
 
 class _Saved:

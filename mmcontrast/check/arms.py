@@ -184,7 +184,7 @@ def reference(
         parameter.grad = None
     with torch.random.fork_rng(devices=[]):
         outputs: list[Mapping[str, Tensor]] = []
-        for piece in pieces_of(batch, sizes):
+        for piece in pieces_of(batch, sizes, [head.modalities for head in model.terms.values()]):
             torch.manual_seed(fold_seed(seed, step, piece.start, *piece.apart))
             outputs.append(model(piece.inputs, piece.rows, towers=piece.towers))
     z: dict[str, Tensor] = {}
