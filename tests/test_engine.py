@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmcontrast.batch import Batch, MicroBatch
-from mmcontrast.cached import Keep, batch_coupled_layers, forward_backward
+from mmcontrast.cached import Keep, batch_coupled_layers, forward_backward, pieces_of
 from mmcontrast.objectives import (
     CWCL,
     DCL,
@@ -320,11 +320,11 @@ SPLITS_OF_12: list[tuple[int | dict[str, int], Keep, int]] = [
     (5, Keep(), 1),
     (5, Keep(graphs=0), 1),
     (5, Keep(graphs=2), 2),
-    (5, Keep(graphs=9), 3),
-    (4, Keep(bytes=2 * 4 * ROW_BYTES - 1), 1),
-    (4, Keep(bytes=2 * 4 * ROW_BYTES), 2),
-    (4, Keep(bytes=4 * 4 * ROW_BYTES - 1), 2),
-    (4, Keep(bytes=4 * 4 * ROW_BYTES), 3),
+    (5, Keep(graphs=9), 6),
+    (4, Keep(bytes=4 * ROW_BYTES - 1), 1),
+    (4, Keep(bytes=4 * ROW_BYTES), 2),
+    (4, Keep(bytes=2 * 4 * ROW_BYTES - 1), 2),
+    (4, Keep(bytes=2 * 4 * ROW_BYTES), 3),
     (4, Keep(graphs=2, bytes=1), 2),
     ({"image": 3, "text": 12}, Keep(), 1),
     ({"image": 3, "text": 6}, Keep(graphs=3), 3),
@@ -350,27 +350,39 @@ def test_dropout_is_replayed(micro_batch: int | dict[str, int], keep: Keep, kept
     assert torch.equal(before, torch.random.get_rng_state()), "the caller's random state was touched"
     found = [p.grad for p in weights]
     sizes = dict.fromkeys(towers, micro_batch) if isinstance(micro_batch, int) else micro_batch
-    pieces = sum(-(-12 // size) for size in set(sizes.values()))
-    per_piece = len(towers) if len(set(sizes.values())) == 1 else 1
+    pieces = sum(-(-12 // sizes[m]) for m in towers)
     forwards = [rows for tower in towers.values() for rows, _ in tower.asked if rows > 1]
     # A budget is tried once more than it holds, by a forward that must be done in any case.
-    assert len(forwards) == per_piece * (2 * pieces - kept)
+    assert len(forwards) == 2 * pieces - kept
 
     parts: dict[str, list[torch.Tensor]] = {m: [] for m in towers}
-    for tower in towers.values():
+    for m, tower in towers.items():
         tower.zero_grad()
-    for size in {*sizes.values()}:
-        together = [m for m in towers if sizes[m] == size]
-        for start in range(0, 12, size):
-            apart = () if len(together) == len(towers) else together
-            torch.manual_seed(fold_seed(7, 1, start, *apart))
-            for m in together:
-                parts[m].append(towers[m](x[m][start : start + size]))
+        for start in range(0, 12, sizes[m]):
+            torch.manual_seed(fold_seed(7, 1, start, m))
+            parts[m].append(tower(x[m][start : start + sizes[m]]))
     z = {m: torch.cat(p) for m, p in parts.items()}
     (torch.cat([*z.values()]).square().sum() * torch.stack([t.sum() for t in z.values()]).prod()).backward()
     for got, parameter in zip(found, weights, strict=True):
         assert got is not None and parameter.grad is not None and parameter.grad.abs().max() > 0
         torch.testing.assert_close(got, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_only_towers_that_a_head_joins_are_encoded_together() -> None:
+    """So that otherwise one tower alone has its activations in memory; the last piece runs all, for the wrapper."""
+    rows = torch.arange(6)
+    having = {"a": rows, "b": rows, "c": rows[:3], "d": rows}
+    batch = Batch(inputs=having, rows=having, ids=rows)
+
+    def found(size: int | dict[str, int], *joined: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+        return [(piece.start, tuple(piece.rows)) for piece in pieces_of(batch, size, joined)]
+
+    assert found(4) == [(start, (m,)) for start in (0, 4) for m in "abcd"]
+    assert found(4, ("d", "b")) == [(s, t) for s in (0, 4) for t in (("a",), ("c",), ("b", "d"))]
+    sizes = {"a": 6, "b": 3, "c": 3, "d": 3}
+    assert found(sizes, ("b", "c"), ("c", "d")) == [(0, ("a",)), (0, ("b", "c", "d")), (3, ("b", "c", "d"))]
+    assert pieces_of(batch, sizes, [("b", "c"), ("d", "c")])[-1].towers == ("b", "c", "d", "a")
+    assert [piece.towers for piece in pieces_of(batch, 6, ["abc", "cd"])] == [None]
 
 
 def test_batch_norm_is_found() -> None:
