@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -234,6 +234,14 @@ class Sound:
         if not self._integers and not bool(mono.sum().isfinite()):  # one pass, and no mask
             raise BadSample("audio has values that are not finite")
         return mono
+
+    def part(self, start: int, frames: int) -> Sound:
+        """The `frames` from `start` as a recording of its own."""
+
+        def part(first: int, wanted: int) -> Tensor:
+            return self._part(start + first, wanted)
+
+        return replace(self, frames=frames, _part=part)
 
 
 def audio(data: bytes) -> Sound:

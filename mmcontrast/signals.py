@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -55,6 +55,10 @@ class Signal:
         if not bool(part.sum().isfinite()):
             raise BadSample("signal has values that are not finite")
         return part
+
+    def part(self, start: int, frames: int) -> Signal:
+        """The `frames` from `start` as a recording of its own."""
+        return replace(self, frames=frames, _values=self._values[start : start + frames])
 
 
 def signal(data: bytes, meta: Callable[[], Mapping[str, Any]]) -> Signal:

@@ -94,7 +94,7 @@ class Trainer(Configurable):
         tower_micro_batch: dict[str, int] = field(default_factory=dict[str, int])
         """Modality -> the same for its tower, where it differs: a small text tower takes more at once."""
         keep_graphs: int = 1
-        """Graphs, each of one micro-batch in one tower, that are kept and not made a second time; changes no gradient."""
+        """Graphs, of one micro-batch in one tower each, that are kept and not made a second time; changes no gradient."""
         keep_graph_bytes: int = 0
         """Further ones keep theirs as long as they fit into this, beside the one at work; changes no gradient."""
         block: int | None = 1024
@@ -397,7 +397,7 @@ class Trainer(Configurable):
     def _towers(self) -> dict[str, list[nn.Parameter]]:
         """Modality -> parameters of its tower and projection."""
         model = self.model
-        return {m: [*model.encoder(m).parameters(), *model.projections[m].parameters()] for m in model.modalities}
+        return {m: [*model.encoder(m).parameters(), *model.projections[m].parameters()] for m in model.encoders}
 
     def _health(self) -> Health:
         config = self.config

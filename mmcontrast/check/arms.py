@@ -152,7 +152,7 @@ def batch_of(job: Job, name: str, drawn: Batch, *, rank: int = 0) -> Batch:
         return drawn
     return with_missing(
         drawn,
-        list(job.config.model.encoders),
+        list(job.config.model.towers()),
         first_row=rank * len(drawn),
         rows=job.config.global_batch,
         seed=job.config.seed,

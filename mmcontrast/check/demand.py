@@ -83,7 +83,7 @@ def demand_of(config: Trainer.Config, *, patterns: tuple[str, ...] = (), source:
         ConfigError: a tower that cannot be built, no such source, or several and none is named.
     """
     config, name, data = _source(config, patterns, source)
-    towers = {m: _innermost(tower) for m, tower in config.model.encoders.items()}
+    towers = {m: _innermost(tower) for m, tower in config.model.towers().items()}
     kinds = {m: str(getattr(tower.owner, "kind", "")) for m, tower in towers.items()}
     members = {m: data.members.get(m, FORMATS.get(kind, ())) for m, kind in kinds.items()}
     choices: Mapping[str, float] = getattr(data.compose, "choices", {})  # captions that are members of the sample
@@ -236,7 +236,7 @@ def plan(config: Trainer.Config, source: str, ranks: Sequence[int]) -> tuple[Pla
     problem, per_epoch, window, share, seen = None, 0, 0, 0.0, 0
     first: list[Places] = []
     try:
-        kinds = {m: _Kind(str(getattr(_innermost(t).owner, "kind", ""))) for m, t in config.model.encoders.items()}
+        kinds = {m: _Kind(str(getattr(_innermost(t).owner, "kind", ""))) for m, t in config.model.towers().items()}
         stream: Batches = data.build(kinds, seed=config.seed, global_batch=batch)
         order = next(s.order for s in stream.sources if s.name == source)
         per_epoch, window = order.per_epoch, min(order.window, order.lane_length)

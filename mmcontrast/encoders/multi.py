@@ -25,7 +25,7 @@ _POOLED = "pooled by the frozen tower"
 class MultiEncoder(nn.Module, Configurable):
     """Towers by modality name, and their projections to D dimensions.
 
-    All encoding goes through `forward`, which wrappers such as DDP need, and always runs every tower: a
+    All encoding goes through `forward`, which wrappers such as DDP need, and runs every tower that is asked for: a
     modality that no row has is encoded from one dummy row and comes out as [0, D], so that no rank waits for
     another's collective.
     """
@@ -38,10 +38,16 @@ class MultiEncoder(nn.Module, Configurable):
         """Modality name -> tower."""
         dim: int = 512
         """D, dimensions of the shared space."""
+        same: dict[str, str] = field(default_factory=dict[str, str])
+        """Further modality, such as another view -> the one of `encoders` whose tower and projection it goes through."""
         projection: Literal["linear", "mlp", "none"] = "linear"
         """From a tower's width to D; "none" takes towers that end in D dimensions already."""
         heads: dict[str, Head.Config] = field(default_factory=dict[str, Head.Config])
         """Name -> head: a term of the loss on the towers' tokens, such as captions."""
+
+        def towers(self) -> dict[str, Encoder.Config]:
+            """Each modality, those of `same` too, and its tower."""
+            return self.encoders | {m: self.encoders[tower] for m, tower in self.same.items() if tower in self.encoders}
 
     def __init__(self, config: Config, restore: Path | None = None) -> None:
         """Build the towers; `restore` is the assets folder of a run whose weights are loaded afterwards."""
@@ -50,6 +56,11 @@ class MultiEncoder(nn.Module, Configurable):
             raise ConfigError("the model has no encoders; name at least one modality")
         if config.dim < 1:
             raise ConfigError(f"dim is {config.dim}; the shared space needs at least 1 dimension")
+        for name, tower in config.same.items():
+            if not name.isidentifier() or name in config.encoders:
+                raise ConfigError(f"same names {name!r}, which must be an identifier and no tower's own name")
+            if tower not in config.encoders:
+                raise ConfigError(f"same gives {name!r} the tower of {tower!r}{suggest(tower, config.encoders)}")
         self.config = config
         self.encoders = nn.ModuleDict()
         self.projections = nn.ModuleDict()
@@ -61,14 +72,14 @@ class MultiEncoder(nn.Module, Configurable):
             self.projections[name] = _projection(name, encoder.dim, config)
         self.heads = nn.ModuleDict()
         for name, settings in config.heads.items():
-            if not name.isidentifier() or hasattr(self.heads, name) or name in self.encoders:
+            if not name.isidentifier() or hasattr(self.heads, name) or name in self.modalities:
                 raise ConfigError(f"the head name {name!r} must be an identifier such as caption, and no modality")
             self.heads[name] = settings.build({m: self.encoder(m) for m in self.encoders})
 
     @property
     def modalities(self) -> list[str]:
         """Names of the modalities."""
-        return list(self.encoders)
+        return [*self.encoders, *self.config.same]
 
     def encoder(self, modality: str) -> Encoder:
         """The tower of a modality.
@@ -76,15 +87,18 @@ class MultiEncoder(nn.Module, Configurable):
         Raises:
             ConfigError: the model has no such modality.
         """
-        if modality not in self.encoders:
+        if modality not in self.modalities:
             raise ConfigError(f"the model has no modality {modality!r}{suggest(modality, self.modalities)}")
-        encoder = self.encoders[modality]
+        encoder = self.encoders[self._tower(modality)]
         assert isinstance(encoder, Encoder)
         return encoder
 
+    def _tower(self, modality: str) -> str:
+        return self.config.same.get(modality, modality)
+
     def transforms(self, *, train: bool) -> dict[str, Transform]:
         """Modality -> how its samples are prepared."""
-        return {m: self.encoder(m).transform(train=train) for m in self.encoders}
+        return {m: self.encoder(m).transform(train=train) for m in self.modalities}
 
     @property
     def terms(self) -> dict[str, Head]:
@@ -110,7 +124,7 @@ class MultiEncoder(nn.Module, Configurable):
             self.encoder(modality)
         found: dict[str, Tensor] = {}
         tokens: dict[str, Tensor | None] = {}
-        asked = list(self.encoders if towers is None else towers)
+        asked = self.modalities if towers is None else list(towers)
         seen = {m: inputs[m] if m in inputs else self.encoder(m).example() for m in asked}
         for m, x in seen.items():
             z, tokens[m] = self._encode(m, x)
@@ -153,7 +167,7 @@ class MultiEncoder(nn.Module, Configurable):
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
                 pooled, tokens = encoder(x)
-        z = self.projections[modality](pooled)
+        z = self.projections[self._tower(modality)](pooled)
         return nn.functional.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1), tokens
 
     @torch.no_grad()  # not inference_mode: a probe must be able to train on what comes out
