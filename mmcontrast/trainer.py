@@ -94,7 +94,7 @@ class Trainer(Configurable):
         tower_micro_batch: dict[str, int] = field(default_factory=dict[str, int])
         """Modality -> the same for its tower, where it differs: a small text tower takes more at once."""
         keep_graphs: int = 1
-        """Graphs, of one micro-batch in one tower each, that are kept and not made a second time; changes no gradient."""
+        """Graphs, of one micro-batch in one tower each, that are kept and not made anew; changes no gradient."""
         keep_graph_bytes: int = 0
         """Further ones keep theirs as long as they fit into this, beside the one at work; changes no gradient."""
         block: int | None = 1024

@@ -39,7 +39,7 @@ class MultiEncoder(nn.Module, Configurable):
         dim: int = 512
         """D, dimensions of the shared space."""
         same: dict[str, str] = field(default_factory=dict[str, str])
-        """Further modality, such as another view -> the one of `encoders` whose tower and projection it goes through."""
+        """Further modality, such as another view -> the one of `encoders` whose tower it goes through."""
         projection: Literal["linear", "mlp", "none"] = "linear"
         """From a tower's width to D; "none" takes towers that end in D dimensions already."""
         heads: dict[str, Head.Config] = field(default_factory=dict[str, Head.Config])
