@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,9 +225,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    part_like: Callable[[Tensor, Tensor], Tensor] = lambda value, parameter: value,
 ) -> None:
-    """The reverse of `optimizer_tensors`."""
+    """The reverse of `optimizer_tensors`; `part_like` takes this rank's part of what belongs to a parameter."""
     by_name = {name: parameter for parameter, name in names.items()}
     for full, value in tensors.items():
         name, _, key = full.rpartition("/")
@@ -237,7 +240,7 @@ def load_optimizer(
         parameter = by_name[name]
         # Step counters stay where they were made; moments go to their parameter.
         place = parameter.device if value.ndim else value.device
-        optimizer.state[parameter][key] = value.to(place)
+        optimizer.state[parameter][key] = part_like(value.to(place), parameter)
 
 
 def find_checkpoint(path: str | Path) -> Path:

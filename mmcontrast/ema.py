@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
 
@@ -35,6 +38,21 @@ class EMA(Configurable):
         """The model with averaged weights, in evaluation mode."""
         return cast(MultiEncoder, self._average.module)
 
+    @torch.no_grad()
     def update(self, model: MultiEncoder, step: int) -> None:
-        """Take in the weights after a step; 0 is the first, whose weights are the first average."""
-        self._average.update(model, step=step + 1)
+        """Take in the weights after a step; 0 is the first, whose weights are the first average.
+
+        Weights may be spread over ranks: each averages its own parts, for which timm's update has no way.
+        """
+        decay = self._average.get_decay(step + 1)
+        for average, weights in zip(_here(self.model), _here(model), strict=True):
+            if average.is_floating_point():
+                average.lerp_(weights, 1 - decay)
+            else:
+                average.copy_(weights)
+
+
+def _here(model: MultiEncoder) -> list[Tensor]:
+    """What of each parameter and buffer lies on this rank."""
+    tensors = cast(list[Any], list(model.state_dict().values()))
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +227,17 @@ def load_optimizer_numbers(
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
-    """Scale gradients down to a global 2-norm of at most `limit`; returns the norm before."""
+    """Scale gradients down to a global 2-norm of at most `limit`; returns the norm before.
+
+    Gradients may be whole or spread over ranks (DTensor); of the latter every rank must ask.
+    """
     with_grad = [p for p in parameters if p.grad is not None]
-    return nn.utils.clip_grad_norm_(with_grad, math.inf if limit is None else limit)
+    spread = [p for p in with_grad if hasattr(p.grad, "full_tensor")]
+    kinds = [kind for kind in ([p for p in with_grad if not hasattr(p.grad, "full_tensor")], spread) if kind]
+    norms = [nn.utils.get_total_norm([cast(Tensor, p.grad) for p in kind]) for kind in kinds]
+    full = [cast(Any, norm).full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norm = torch.linalg.vector_norm(torch.stack(full)) if full else torch.zeros(())
+    if limit is not None:
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, limit, norm)
+    return norm

@@ -22,6 +22,7 @@ Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]
 FREE = (
     *("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "not_finite", "max_not_finite"),
     *("block", "keep_bytes", "micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes", "health"),
+    *("parallel", "reshard"),
 )
 """Settings that may be others when a run goes on."""
 # Which data they are, the fingerprint says.

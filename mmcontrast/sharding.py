@@ -1,4 +1,4 @@
-"""Exact loss and gradients of any objective over all ranks. The only user of torch.distributed.
+"""Exact loss and gradients of any objective over all ranks. It and `parallel` alone use torch.distributed.
 
 Every collective is explicit; none is recorded by autograd. Per step: one gather of ids, labels and presence, one
 gather per candidate modality, a few of statistics of N numbers, one reduce-scatter per candidate modality and one

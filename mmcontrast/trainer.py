@@ -10,8 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -48,6 +47,7 @@ from mmcontrast.optim import (
     optimizer_numbers,
     set_rate,
 )
+from mmcontrast.parallel import Layout, Sharded, Whole, check_optimizer, load_whole, local, part_like, whole
 from mmcontrast.progress import Progress
 from mmcontrast.run_folder import Content, RunFolder
 from mmcontrast.schedules import Cosine, Schedule
@@ -109,6 +109,10 @@ class Trainer(Configurable):
         """Largest global norm of the gradient; None does not clip."""
         precision: Literal["fp32", "bf16"] = "fp32"
         """Arithmetic of the towers; objectives always run in float32."""
+        parallel: Literal["ddp", "fsdp"] = "ddp"
+        """On several ranks: whole weights on each, or a part on each; changes no gradient."""
+        reshard: bool = False
+        """With fsdp, let go of gathered weights between micro-batches: least memory, but each gathers them anew."""
         not_finite: Literal["raise", "skip"] = "raise"
         """What to do where loss or gradient are not finite: end the run, or leave the step out."""
         max_not_finite: int = 10
@@ -187,9 +191,8 @@ class Trainer(Configurable):
         )
         # A copy, so before the wrapper and its hooks.
         self.ema: EMA | None = None if config.ema.decay is None else config.ema.build(self.model.to(self.device))
-        trains = any(p.requires_grad for p in self.model.parameters())  # else only the objectives do; DDP refuses that
-        self.wrapped: nn.Module = self.accelerator.prepare_model(self.model, evaluation_mode=not trains)
         optimizer: Optimizer = config.optimizer.build()
+        self.layout = self._lay_out(optimizer)
         self.optimizer = optimizer.optimizer(self.model, self.objectives)
         self.schedule: Schedule = config.schedule.build()
         self.folder = RunFolder(config.out, config.checkpoint, self.world)
@@ -207,6 +210,16 @@ class Trainer(Configurable):
             device=self.device,
         )
         self.measured: dict[str, float] = {}  # of the step that is done, now and then
+
+    def _lay_out(self, optimizer: Optimizer) -> Layout:
+        """Put the weights where they will be; one process has nothing to share."""
+        if self.config.parallel == "ddp" or self.world.size == 1:
+            return Whole(self.accelerator, self.model)
+        layout = Sharded(self.accelerator, self.model, reshard=self.config.reshard)
+        check_optimizer(optimizer, layout.mesh)
+        if self.ema is not None:
+            layout.share(self.ema.model)
+        return layout
 
     def _check_micro_batches(self) -> None:
         """Raise where a tower is asked for that is not there, or one head would read two sizes."""
@@ -289,7 +302,8 @@ class Trainer(Configurable):
         progress.close()
         if self.ema is not None:
             average = self.ema.model
-            self.folder.write_average(steps, to_dict(self.config.model), average.save_assets, average.state_dict())
+            tensors = whole(average.state_dict(), keep=self.is_main)
+            self.folder.write_average(steps, to_dict(self.config.model), average.save_assets, tensors)
         if self.config.trackers:
             self.accelerator.end_training()
         return {name: float(value) for name, value in values.items()}
@@ -308,16 +322,16 @@ class Trainer(Configurable):
             lambda z, present: self._loss(z, present, batch, step),
             micro_batch=self.micro_batches,
             keep=Keep(self.config.keep_graphs, self.config.keep_graph_bytes),
-            weights=[*self.model.parameters(), *self.model.buffers()],
+            weights=local([*self.model.parameters(), *self.model.buffers()]),
             seed=(self.config.seed, step),
             step=step,
             first_row=self.world.rank * len(batch),
-            cotangent_scale=self.world.size,  # undoes DDP's averaging of gradients over ranks
+            cotangent_scale=self.world.size,  # undoes the averaging of gradients over ranks
             heads=self.model.terms,
             encode_with_heads=self._encode_with_heads,
             world=self.world,
-            no_sync=self._synced(False),
-            sync=self._synced(True),
+            no_sync=self.layout.accumulating,
+            sync=self.layout.reducing,
         )
         if self.health.due(step):
             self.measured |= gradient_norms(self._towers())
@@ -372,10 +386,12 @@ class Trainer(Configurable):
         return {"loss": result.loss, "grad_norm": norm, "skipped_steps": float(self.skipped_steps)}
 
     def _encode(self, piece: MicroBatch) -> Mapping[str, Tensor]:
-        return self.wrapped(piece.inputs, towers=piece.towers)
+        with self.accelerator.autocast():
+            return self.layout.model(piece.inputs, towers=piece.towers)
 
     def _encode_with_heads(self, piece: MicroBatch) -> Mapping[str, Tensor]:
-        return self.wrapped(piece.inputs, piece.rows, towers=piece.towers)
+        with self.accelerator.autocast():
+            return self.layout.model(piece.inputs, piece.rows, towers=piece.towers)
 
     def _loss(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor], batch: Batch, step: int) -> Result:
         self._embedded = z
@@ -410,12 +426,6 @@ class Trainer(Configurable):
             labelled=any(getattr(objective, "never_negative", ()) for objective in config.objectives.values()),
         )
 
-    def _synced(self, on: bool) -> Callable[[], AbstractContextManager[None]]:
-        if self.world.size == 1:
-            return nullcontext
-        context = self.accelerator.trigger_sync_in_backward if on else self.accelerator.no_sync
-        return lambda: context(self.wrapped)
-
     # -------------------------------------------------------------------------------------------- evaluation
 
     def _due(self, every: int | None, step: int) -> bool:
@@ -425,13 +435,15 @@ class Trainer(Configurable):
     def _evaluate(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         problem: Exception | None = None
+        models = {"eval": self.layout.whole_model(self.model)}
+        if self.ema is not None:
+            models["eval_ema"] = self.layout.whole_model(self.ema.model)
         if self.is_main:
             try:
                 for name, evaluator in self.evaluators.items():
-                    found |= {f"eval/{name}/{key}": value for key, value in evaluator.run(self.model).items()}
-                    if self.ema is not None:
-                        answers = evaluator.run(self.ema.model)
-                        found |= {f"eval_ema/{name}/{key}": value for key, value in answers.items()}
+                    for kind, model in models.items():
+                        assert model is not None
+                        found |= {f"{kind}/{name}/{key}": value for key, value in evaluator.run(model).items()}
             except ConfigError as error:
                 problem = error
         self.folder.raise_together(problem)
@@ -443,14 +455,16 @@ class Trainer(Configurable):
         self.pulse.enter("save", step - 1)
         tally = self.tallied()
 
+        tensors = {
+            "model": self.model.state_dict(),
+            "objectives": self.objectives.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.names),
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.model.state_dict()
+        tensors = {name: whole(content, keep=self.is_main) for name, content in tensors.items()}
+
         def content() -> Content:
-            tensors = {
-                "model": self.model.state_dict(),
-                "objectives": self.objectives.state_dict(),
-                "optimizer": optimizer_tensors(self.optimizer, self.names),
-            }
-            if self.ema is not None:
-                tensors["ema"] = self.ema.model.state_dict()
             return tensors, {
                 "stream": self.stream.state(),
                 "tally": tally.state(),
@@ -474,11 +488,11 @@ class Trainer(Configurable):
                 )
         if self.is_main:  # for all: counts are summed over ranks
             self.tally.load(state["tally"])
-        self.model.load_state_dict(read_tensors(newest, "model"))
+        load_whole(self.model, read_tensors(newest, "model"))
         self.objectives.load_state_dict(read_tensors(newest, "objectives"))
-        load_optimizer(self.optimizer, self.names, read_tensors(newest, "optimizer"))
+        load_optimizer(self.optimizer, self.names, read_tensors(newest, "optimizer"), part_like)
         if self.ema is not None:
-            self.ema.model.load_state_dict(read_tensors(newest, "ema"))
+            load_whole(self.ema.model, read_tensors(newest, "ema"))
         load_optimizer_numbers(self.optimizer, self.names, state["optimizer"])
         self.skipped_steps = int(state["skipped_steps"])
         return int(state["step"])

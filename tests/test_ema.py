@@ -18,27 +18,10 @@ from mmcontrast.ema import EMA
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.trainer import Trainer
 from tests.shapes import write_shapes
+from tests.tiny import Sum, checksum
 from tests.test_trainer import assert_equal, command, fit, run, settings
 
 STEPS = 5
-
-
-class Sum(Configurable):
-    """An evaluator that says which weights it was given."""
-
-    @dataclass(kw_only=True)
-    class Config(Configurable.Config):
-        """Nothing to set."""
-
-    def __init__(self, config: Config) -> None:
-        pass
-
-    def run(self, model: MultiEncoder) -> dict[str, float]:
-        return {"sum": checksum(model.state_dict())}
-
-
-def checksum(tensors: dict[str, Tensor]) -> float:
-    return float(sum(t.double().abs().sum() for t in tensors.values()))
 
 
 @pytest.fixture(scope="module")

@@ -41,10 +41,11 @@ MAY = {
     "interrupts": {"config"},
     "not_finite": {"batch"},
     "run_folder": {"config", "checkpoint", "sharding"},
+    "parallel": {"config", "encoders", "optim"},
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
     | {"interrupts", "not_finite", "run_folder"}
-    | {"schedules", "ema", "progress"},
+    | {"schedules", "ema", "progress", "parallel"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
     "tables": {"config"},
@@ -52,7 +53,7 @@ MAY = {
     "page": set[str](),
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
-    | {"arguments", "page", "processes", "check"},
+    | {"parallel", "arguments", "page", "processes", "check"},
     "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "tables", "page", "geometry", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},
     "quickstart": {"config"},
@@ -96,14 +97,15 @@ def test_imports_point_one_way() -> None:
                         assert target in MAY[part], f"{path.relative_to(ROOT)} may not import mmcontrast.{target}"
 
 
-def test_only_sharding_imports_torch_distributed() -> None:
+def test_only_two_files_import_torch_distributed() -> None:
+    """`sharding` for samples and losses, `parallel` for weights."""
     users = {
         path.name
         for paths in parts().values()
         for path in paths
         if any(name.startswith("torch.distributed") for name in imported(path))
     }
-    assert users == {"sharding.py"}
+    assert users == {"sharding.py", "parallel.py"}
 
 
 def test_the_command_starts_without_heavy_libraries() -> None:

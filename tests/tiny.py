@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmcontrast.checkpoint import Checkpoints
-from mmcontrast.config import to_dict
+from mmcontrast.config import Configurable, to_dict
 from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
 from mmcontrast.shard_writer import Sample, ShardWriter
 
@@ -96,3 +98,21 @@ def write_run(folder: Path, config: MultiEncoder.Config | None = None, *, seed: 
     model.save_assets(folder / "assets")
     Checkpoints.Config(background=False).build(folder).save(step, {"model": model.state_dict()}, {})
     return folder
+
+
+class Sum(Configurable):
+    """An evaluator that says which weights it was given."""
+
+    @dataclass(kw_only=True)
+    class Config(Configurable.Config):
+        """Nothing to set."""
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def run(self, model: MultiEncoder) -> dict[str, float]:
+        return {"sum": checksum(model.state_dict())}
+
+
+def checksum(tensors: dict[str, Tensor]) -> float:
+    return float(sum(t.double().abs().sum() for t in tensors.values()))

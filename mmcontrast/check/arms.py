@@ -20,6 +20,7 @@ from mmcontrast.checkpoint import names_of
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.objectives.base import Objective, plain_loss
+from mmcontrast.parallel import load_whole, whole
 from mmcontrast.randomness import fold_seed
 from mmcontrast.trainer import Trainer
 
@@ -215,7 +216,9 @@ def run_trainer(job: Job) -> dict[str, Comparison]:
     found: dict[str, Tensor | None] = {}
 
     def take(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        found.update({name: None if p.grad is None else p.grad.clone() for p, name in trainer.names.items()})
+        gradients = {name: p.grad for p, name in trainer.names.items()}
+        found.update(dict.fromkeys(gradients))
+        found.update(whole({name: g.clone() for name, g in gradients.items() if g is not None}))
         optimizer.zero_grad(set_to_none=True)
 
     trainer.optimizer.register_step_pre_hook(take)
@@ -242,7 +245,7 @@ def load_weights(job: Job, model: nn.Module, objectives: nn.Module) -> None:
 
     weights = load_file(job.folder / "weights.safetensors")
     for prefix, module in (("model.", model), ("objectives.", objectives)):
-        module.load_state_dict({k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)})
+        load_whole(module, {k.removeprefix(prefix): t for k, t in weights.items() if k.startswith(prefix)})
 
 
 def save_reference(job: Job, name: str, loss: Tensor, gradients: Mapping[str, Tensor | None]) -> None:

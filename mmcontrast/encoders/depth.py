@@ -41,6 +41,18 @@ def _layers(module: nn.Module, prefix: str) -> list[list[str]]:
     return [stem, *blocks]
 
 
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules that a tower is a stack of, from its input up: units for sharding and for recomputing.
+
+    Of stacks within stacks (stages) these are the innermost.
+    """
+    found: list[nn.Module] = []
+    for child in module.children():
+        inner = blocks(child)
+        found += inner or (list(child.children()) if _is_stack(child) else [])
+    return found
+
+
 def _is_stack(module: nn.Module) -> bool:
     """Whether a list holds blocks: modules that have modules in them, unlike those of a perceptron."""
     return isinstance(module, (nn.ModuleList, nn.Sequential)) and any(any(True for _ in m.children()) for m in module)
