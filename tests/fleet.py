@@ -1,21 +1,20 @@
 """Trainings for tests of several ranks: one launch runs many of them, one after the other.
 
-    torchrun --nproc_per_node W tests/fleet.py FOLDER KIND:LAYOUT:NAME[:FROM]…
-
-Each is written to FOLDER/NAME. With FROM it goes on from the checkpoint of step 4 of the run FOLDER/FROM.
+A run is KIND:LAYOUT:NAME[:FROM] and is written to FOLDER/NAME. With FROM it goes on from the middle of FOLDER/FROM.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmcontrast.check.ranks import make_ready, rank_environment
 from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.config import ConfigError
 from mmcontrast.data import Stream
@@ -25,7 +24,7 @@ from mmcontrast.optim import Timm
 from mmcontrast.trainer import Trainer
 from tests import coca, shapes, tiny
 
-ROOT = Path(__file__).parents[1]
+STEPS = 4
 
 
 def adapted() -> Trainer.Config:
@@ -40,7 +39,7 @@ def adapted() -> Trainer.Config:
 
 
 def averaged() -> Trainer.Config:
-    return replace(shapes.recipe(), ema=EMA.Config(decay=0.5), evaluators={"w": tiny.Sum.Config()}, eval_every=4)
+    return replace(shapes.recipe(), ema=EMA.Config(decay=0.5), evaluators={"w": tiny.Sum.Config()}, eval_every=STEPS // 2)
 
 
 KINDS: dict[str, Callable[[], Trainer.Config]] = {
@@ -48,7 +47,7 @@ KINDS: dict[str, Callable[[], Trainer.Config]] = {
     "captions": coca.recipe,
     "adapted": adapted,
     "averaged": averaged,
-    "lion": lambda: replace(shapes.recipe(), optimizer=Timm.Config(name="lion", lr=1e-4)),
+    "lars": lambda: replace(shapes.recipe(), optimizer=Timm.Config(name="lars", lr=1.0)),
     "lamb": lambda: replace(shapes.recipe(), optimizer=Timm.Config(name="lamb", lr=1e-3)),
     "bf16": lambda: replace(shapes.recipe(), precision="bf16"),
 }
@@ -60,22 +59,57 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def settings(kind: str, layout: str, folder: Path, name: str) -> Trainer.Config:
-    """Eight steps on the shapes of which some lack a modality, so that some micro-batches have no row of a tower."""
-    config = replace(KINDS[kind](), **LAYOUTS[layout], out=folder / name)
-    config.checkpoint = Checkpoints.Config(every=4, keep=10)
+    """A few steps on the shapes of which some lack a modality, so that some micro-batches have no row of a tower."""
+    config = replace(KINDS[kind](), **LAYOUTS[layout], out=folder / name, steps=STEPS)
+    config.checkpoint = Checkpoints.Config(every=STEPS // 2, keep=10)
     assert isinstance(config.data, Stream.Config)
     config.data.shards = (str(folder / "data"),)
     return config
 
 
 def launch(folder: Path, ranks: int, *runs: str) -> None:
-    """Run them on so many real processes."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, __file__, str(folder), *runs], env=environment, capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    """Run them on so many real processes, which are forked off one that has imported what they need."""
+    make_ready()
+    context: Any = multiprocessing.get_context("forkserver")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = int(found.getsockname()[1])
+    processes = [context.Process(target=_rank, args=(folder, rank, ranks, port, runs)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+        process.kill()
+    for rank, process in enumerate(processes):
+        assert process.exitcode == 0, (folder / f"rank-{rank}-of-{ranks}.log").read_text()[-5000:]
+
+
+def _rank(folder: Path, rank: int, ranks: int, port: int, runs: tuple[str, ...]) -> None:
+    import torch
+
+    log = os.open(folder / f"rank-{rank}-of-{ranks}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    with rank_environment(rank, ranks, port):
+        for run in runs:
+            _train(folder, run)
+        torch.distributed.destroy_process_group()
+
+
+def _train(folder: Path, run: str) -> None:
+    from torch.distributed.tensor import DTensor
+
+    try:
+        trainer = start(folder, run)
+    except ConfigError as error:
+        (folder / f"{run.split(':')[2]}.txt").write_text(str(error))
+        return
+    spread = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
+    share = sum(p.to_local().numel() for p in spread) / max(1, sum(p.numel() for p in spread))
+    trainer.fit()
+    if trainer.is_main:
+        (trainer.config.out / "share.txt").write_text(f"{len(spread)} {share}")
 
 
 def start(folder: Path, run: str) -> Trainer:
@@ -85,33 +119,10 @@ def start(folder: Path, run: str) -> Trainer:
     kind, layout, name, *before = run.split(":")
     config = settings(kind, layout, folder, name)
     if before and os.environ.get("RANK", "0") == "0":
-        for part in ("config.json", "assets", "step-000004"):
+        for part in ("config.json", "assets", f"step-{STEPS // 2:06d}"):
             source = folder / before[0] / part
             copy = shutil.copytree if source.is_dir() else shutil.copy
             config.out.mkdir(exist_ok=True)
             copy(source, config.out / part)
-    AcceleratorState._reset_state()  # of precision; the process group stays
+    AcceleratorState._reset_state()  # the precision; the process group stays  # pyright: ignore[reportPrivateUsage]
     return config.build()
-
-
-def main() -> None:
-    from torch.distributed.tensor import DTensor
-
-    folder = Path(sys.argv[1])
-    for run in sys.argv[2:]:
-        try:
-            trainer = start(folder, run)
-        except ConfigError as error:
-            if os.environ["RANK"] == "0":
-                (folder / f"{run.split(':')[2]}.txt").write_text(str(error))
-            continue
-        spread = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
-        share = sum(p.to_local().numel() for p in spread) / max(1, sum(p.numel() for p in spread))
-        trainer.fit()
-        if trainer.is_main:
-            (trainer.config.out / "share.txt").write_text(f"{len(spread)} {share}")
-    trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmcontrast.checkpoint import load, read_tensors
 from tests import fleet
+from tests.fleet import STEPS
 from tests.shapes import write_shapes
 from tests.test_trainer import assert_equal
 
@@ -21,7 +22,7 @@ ON_TWO = (
     "captions:fsdp:captions2",
     "adapted:fsdp:adapted2",
     "averaged:fsdp:averaged2",
-    "lion:fsdp:lion2",
+    "lars:fsdp:lars2",
     "lamb:fsdp:lamb2",
     "bf16:ddp:bf16_ddp2",
     "bf16:fsdp:bf16_fsdp2",
@@ -36,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs: in this process, on two ranks, on four."""
     folder = tmp_path_factory.mktemp("fleet")
     write_shapes(folder / "data", missing=True)
-    for kind in ("shapes", "captions", "adapted", "averaged", "lion"):
+    for kind in ("shapes", "captions", "adapted", "averaged", "lars"):
         name = "one" if kind == "shapes" else kind
         fleet.start(folder, f"{kind}:ddp:{name}").fit()
     fleet.launch(folder, 2, *ON_TWO)
@@ -49,7 +50,7 @@ def losses(run: Path) -> Tensor:
     return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
 
 
-def stored(run: Path, step: int = 8, files: tuple[str, ...] = ("model", "objectives")) -> dict[str, Tensor]:
+def stored(run: Path, step: int = STEPS, files: tuple[str, ...] = ("model", "objectives")) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
         found |= {f"{file}/{name}": t for name, t in read_tensors(run / f"step-{step:06d}", file).items()}
@@ -60,7 +61,7 @@ def stored(run: Path, step: int = 8, files: tuple[str, ...] = ("model", "objecti
     ("name", "want"),
     [
         *((name, "one") for name in ("ddp2", "fsdp2", "resharded2", "ddp4", "fsdp4", "from_ddp2", "from_1")),
-        *((f"{name}2", name) for name in ("captions", "adapted", "averaged", "lion")),
+        *((f"{name}2", name) for name in ("captions", "adapted", "averaged", "lars")),
         *((name, "averaged") for name in ("from_fsdp2", "from_fsdp2_on_4")),
     ],
 )
@@ -71,7 +72,7 @@ def test_a_run_is_the_same_however_its_weights_lie(runs: Path, name: str, want: 
     assert_equal(found, wanted, 1e-5)
     curve = losses(runs / want)
     torch.testing.assert_close(losses(runs / name), curve[-len(losses(runs / name)) :], rtol=1e-5, atol=1e-5)
-    start = stored(runs / want, 4)
+    start = stored(runs / want, STEPS // 2)
     moved = {k: float((wanted[k] - t).abs().max()) for k, t in start.items()}
     assert max(moved.values()) > 1e-3 and float((curve[0] - curve[-1]).abs()) > 0.01, "nothing was trained"
 
