@@ -12,12 +12,13 @@ from typing import Any
 from mmcontrast.arguments import write_json
 from mmcontrast.checkpoint import find_checkpoint, read_config
 from mmcontrast.config import ConfigError, from_dict
-from mmcontrast.eval.embed import embed, has
+from mmcontrast.eval.embed import Embedded, embed, has
 from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
 from mmcontrast.eval.sources import Source
 from mmcontrast.eval.spec import Spec
 from mmcontrast.eval.task import Task
+from mmcontrast.eval.trained import TrainedTask
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,17 @@ def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str]) -> dict[
     # Without those that no sample has: pictures with labels alone can still be classified.
     there = [m for m in wanted if has(source, model, m)]
     data = embed(model, source, modalities=there or wanted, progress=sys.stderr.isatty())
+    learning = list(dict.fromkeys(m for t in tasks.values() if isinstance(t, TrainedTask) for m in t.modalities()))
     found: dict[str, Answer] = {}
     failed: list[str] = []
+    train: Embedded | None = None
     for key, task in tasks.items():
         try:
-            result = task.score(model, data)
+            if isinstance(task, TrainedTask):
+                train = train or embed(model, spec.open_train(), modalities=learning, progress=sys.stderr.isatty())
+                result = task.score(model, data, train)
+            else:
+                result = task.score(model, data)
         except ConfigError as error:
             failed.append(f"{name}: {key} left out: {error}")
             continue

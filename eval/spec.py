@@ -19,14 +19,22 @@ from typing import Any, cast
 from mmcontrast.config import CLASS_KEY, ConfigError, Configurable, class_path, from_dict, suggest
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.geometry import Geometry
+from mmcontrast.eval.knn import KNN
 from mmcontrast.eval.layouts import Reading, open_data
+from mmcontrast.eval.linear_probe import LinearProbe
 from mmcontrast.eval.published import PUBLISHED, published
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.eval.sources import Source
 from mmcontrast.eval.task import EmbeddedTask
 from mmcontrast.eval.zero_shot import ZeroShot
 
-TASKS: Mapping[str, type[EmbeddedTask]] = {"zero_shot": ZeroShot, "retrieval": Retrieval, "geometry": Geometry}
+TASKS: Mapping[str, type[EmbeddedTask]] = {
+    "zero_shot": ZeroShot,
+    "retrieval": Retrieval,
+    "geometry": Geometry,
+    "linear_probe": LinearProbe,
+    "knn": KNN,
+}
 """The questions that can be asked of any data set, by name."""
 _ASKED = ("zero_shot", "retrieval")  # where neither the data nor the user says
 _SPECS = (".yaml", ".yml", ".toml")
@@ -47,6 +55,10 @@ class Spec(Configurable):
         """How it is laid out (`mmcontrast.eval.layouts.LAYOUTS`); None recognises it."""
         split: str = "test"
         """The part of a data set that has several."""
+        train: tuple[str, ...] = ()
+        """Where the samples are that probes learn from, laid out as `data`; without it, the split train of `data`."""
+        train_where: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, "tuple[Any, ...]"])
+        """Metadata field or column -> values to keep of them."""
         files: str | None = None
         """Column of a table with files."""
         texts: tuple[str, ...] = ()
@@ -88,17 +100,29 @@ class Spec(Configurable):
         Raises:
             ConfigError: they are not there, or are not laid out as said.
         """
+        return self._open(self.config.data, self.config.split, self.config.where)
+
+    def open_train(self) -> Source:
+        """Open what probes learn from.
+
+        Raises:
+            ConfigError: as `open`.
+        """
+        c = self.config
+        return self._open(c.train or c.data, "train", c.train_where)
+
+    def _open(self, data: Sequence[str], split: str, where: Mapping[str, Sequence[Any]]) -> Source:
         c = self.config
         reading = Reading(
-            split=c.split,
+            split=split,
             files=c.files,
             texts=c.texts,
             label=c.label,
             key=c.key,
-            where={name: [str(value) for value in values] for name, values in c.where.items()},
+            where={name: [str(value) for value in values] for name, values in where.items()},
             folder=None if c.folder is None else Path(c.folder),
         )
-        return open_data(c.data, reading, layout=c.layout)
+        return open_data(data, reading, layout=c.layout)
 
     def questions(self, model: MultiEncoder, source: Source) -> dict[str, EmbeddedTask]:
         """Task -> the question as it is asked of this model.
@@ -109,15 +133,14 @@ class Spec(Configurable):
         c = self.config
         x, y = c.pair or _pair(model, source)
         common: dict[str, Any] = {"data": list(c.data), "bootstrap_by": c.bootstrap_by}
+        classified: dict[str, Any] = {
+            "modality": x,
+            "classes": c.classes,
+            **({} if c.label is None else {"label": c.label}),
+        }
         own: dict[str, dict[str, Any]] = {
-            "zero_shot": {
-                "modality": x,
-                "prompt_modality": y,
-                "classes": c.classes,
-                "templates": c.templates,
-                "prompts": c.prompts,
-                **({} if c.label is None else {"label": c.label}),
-            },
+            "zero_shot": {**classified, "prompt_modality": y, "templates": c.templates, "prompts": c.prompts},
+            **dict.fromkeys(("linear_probe", "knn"), classified),
             "retrieval": {"pair": [x, y], "group": c.group},
             "geometry": {"pair": [x, y]},
         }
@@ -154,13 +177,17 @@ def read_spec(given: str) -> Spec.Config:
     return Spec.Config(name=given, data=(given,))
 
 
-def override(config: Spec.Config, *, tasks: Sequence[str], templates: Sequence[str], **said: Any) -> Spec.Config:
+def override(
+    config: Spec.Config, *, tasks: Sequence[str], templates: Sequence[str], train: Sequence[str] = (), **said: Any
+) -> Spec.Config:
     """A spec with what the command line says instead; what it leaves unsaid is None or empty."""
     changes = {name: value for name, value in said.items() if value is not None}
     if tasks:
         changes["tasks"] = {name: config.tasks.get(name, {}) for name in tasks}
     if templates:
         changes["templates"] = tuple(templates)
+    if train:
+        changes["train"] = tuple(train)
     return replace(config, **changes)
 
 
@@ -188,15 +215,17 @@ def _spec(given: Mapping[str, Any], home: Path, where: str) -> Spec.Config:
     for key in ("classes", "templates"):
         if isinstance(said.get(key), str):
             said[key] = _lines_of(home / said[key])
-    for key in ("data", "texts"):
+    for key in ("data", "train", "texts"):
         if isinstance(said.get(key), str):
             said[key] = [said[key]]
-    if isinstance(said.get("data"), list):
-        said["data"] = [_beside(home, entry) for entry in said["data"]]
+    for key in ("data", "train"):
+        if isinstance(said.get(key), list):
+            said[key] = [_beside(home, entry) for entry in said[key]]
     if isinstance(said.get("folder"), str):
         said["folder"] = str(home / said["folder"])
-    if isinstance(said.get("where"), dict):
-        said["where"] = {k: v if isinstance(v, list) else [v] for k, v in said["where"].items()}
+    for key in ("where", "train_where"):
+        if isinstance(said.get(key), dict):
+            said[key] = {k: v if isinstance(v, list) else [v] for k, v in said[key].items()}
     if isinstance(said.get("prompts"), dict):
         said["prompts"] = {str(k): [v] if isinstance(v, str) else v for k, v in said["prompts"].items()}
     tasks = said.get("tasks")

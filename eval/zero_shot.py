@@ -5,20 +5,20 @@ Letters: n samples, C classes, P prompts, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.classified import Classified
 from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.labels import class_numbers, labels_of, names_in
 from mmcontrast.eval.ranks import rank
-from mmcontrast.eval.result import Items, Result
-from mmcontrast.eval.statistics import Statistic, mean, mean_of_classes
-from mmcontrast.eval.task import EmbeddedTask, fields_of, groups_of
+from mmcontrast.eval.result import Result
+from mmcontrast.eval.task import EmbeddedTask, groups_of
 
 
 class ZeroShot(EmbeddedTask):
@@ -72,31 +72,23 @@ class ZeroShot(EmbeddedTask):
             ConfigError: no sample has the modality or carries a label, or a label is no class.
         """
         c = self.config
-        if c.modality not in data.rows:
-            raise ConfigError(f"no sample has the modality {c.modality!r}: there is nothing to classify")
-        labels = [data.meta[row].get(c.label) for row in data.rows[c.modality].tolist()]
-        labelled = [i for i, name in enumerate(labels) if name is not None]
-        if not labelled:
-            raise ConfigError(f"no sample has the label {c.label!r} in its metadata; fields: {fields_of(data.meta)}")
-        classes = list(c.classes or data.source.classes) or sorted({str(labels[i]) for i in labelled})
-        truth = torch.tensor(_numbers([labels[i] for i in labelled], classes, data.keys))
+        items, labels = labels_of(data, c.modality, c.label)
+        classes = list(c.classes or data.source.classes) or names_in(labels)
+        truth = class_numbers(labels, classes)
         prompts = [c.prompts.get(name) or self._prompts(name, data.source.templates) for name in classes]
         prototypes = class_embeddings(model, c.prompt_modality, prompts)
-        found = rank(data.z[c.modality][labelled], prototypes, truth, torch.arange(len(classes)), block=c.block)
-        hit1, hit5 = ((found.best < k).double().numpy() for k in (1, 5))
-        statistics: dict[str, Statistic] = {"acc1": mean(hit1)}
-        if len(classes) >= 5:
-            statistics["acc5"] = mean(hit5)
-        statistics["mean_per_class_recall"] = mean_of_classes(hit1, truth.numpy())
-        rows = data.rows[c.modality][labelled]
-        return Result(
-            "zeroshot_classification",
-            [Items(data.names_of(rows), statistics, groups_of(data.meta, rows.tolist(), c.bootstrap_by))],
-            chance={"chance": 1 / len(classes)},
-            counts={"classes": len(classes), "samples": len(rows)},
-            undefined=() if len(classes) >= 5 else ("acc5",),
-            warnings=_warnings(classes, prompts, np.bincount(truth.numpy(), minlength=len(classes)).tolist()),
-        )
+        z, rows = data.z[c.modality][items], data.rows[c.modality][items]
+        found = rank(z, prototypes, torch.from_numpy(truth), torch.arange(len(classes)), block=c.block)
+        heads = prototypes.double().T
+        return Classified(
+            task="zeroshot_classification",
+            names=data.names_of(rows),
+            positions=data.positions[rows].tolist(),
+            classes=classes,
+            scores=lambda part: (z[part].double() @ heads).numpy(),
+            groups=groups_of(data.meta, rows.tolist(), c.bootstrap_by),
+            warnings=collisions(classes, prompts),
+        ).of_one(truth, found.best.numpy())
 
     def _prompts(self, name: str, templates: Sequence[str]) -> Sequence[str]:
         return [template.replace("{c}", name) for template in self.config.templates or templates or ("{c}",)]
@@ -112,36 +104,13 @@ def class_embeddings(model: MultiEncoder, modality: str, prompts: Sequence[Seque
     return torch.nn.functional.normalize(means, dim=-1)
 
 
-def _numbers(labels: Sequence[object], classes: Sequence[str], keys: Sequence[str]) -> list[int]:
-    """Labels -> places in `classes`."""
-    places: Mapping[str, int] = {name: place for place, name in reversed(list(enumerate(classes)))}
-    found: list[int] = []
-    for label in labels:
-        if isinstance(label, int) and not isinstance(label, bool) and str(label) not in places:
-            if not 0 <= label < len(classes):
-                raise ConfigError(f"a sample has the label {label}; there are {len(classes)} classes, from 0")
-            found.append(label)
-        elif str(label) in places:
-            found.append(places[str(label)])
-        else:
-            raise ConfigError(
-                f"a sample has the label {label!r}, which is no class{suggest(str(label), classes)[:400]}"
-            )
-    return found
-
-
-def _warnings(classes: Sequence[str], prompts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[str]:
-    """What makes a score say less than it seems to."""
+def collisions(classes: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str]:
+    """Warnings where classes cannot be told apart, since their prompts are the same."""
     by_prompts: dict[tuple[str, ...], list[str]] = {}
     for name, texts in zip(classes, prompts, strict=True):
         by_prompts.setdefault(tuple(" ".join(text.lower().split()) for text in texts), []).append(name)
-    said = [
+    return [
         f"{len(names)} classes have the same prompts ({', '.join(map(repr, names[:3]))}): none of them can be found"
         for names in by_prompts.values()
         if len(names) > 1
     ]
-    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if empty:
-        listed = ", ".join(map(repr, empty[:5])) + (" …" if len(empty) > 5 else "")
-        said.append(f"{len(empty)} of {len(classes)} classes have no sample: {listed}")
-    return said

@@ -67,7 +67,8 @@ def _train_usage(recipe: Positional[str]) -> None:
 def evaluate(
     model: Positional[str],
     data: Positional[tuple[str, ...]] = (),
-    tasks: tuple[Literal["zero_shot", "retrieval", "geometry"], ...] = (),
+    tasks: tuple[Literal["zero_shot", "retrieval", "geometry", "linear_probe", "knn"], ...] = (),
+    train: tuple[str, ...] = (),
     label: str | None = None,
     templates: tuple[str, ...] = (),
     pair: tuple[str, str] | None = None,
@@ -86,6 +87,7 @@ def evaluate(
             or data as they lie: shards, CLIP_benchmark's folders, a folder per class, a table. None: the evaluators
             of the recipe.
         tasks: questions to ask; by default what the data are made for.
+        train: labelled data that linear_probe and knn learn from; by default the split train of the data.
         label: metadata field, or column of a table, with the class.
         templates: prompts with {c} for the class name.
         pair: the modalities that are compared; the first one is what zero_shot classifies.
@@ -107,7 +109,7 @@ def evaluate(
         answers = answer_again(Path(model), trust=trust)
     else:
         said: dict[str, Any] = {"label": label, "pair": pair, "group": group, "bootstrap_by": bootstrap_by}
-        specs = [override(read_spec(name), tasks=tasks, templates=templates, **said) for name in data]
+        specs = [override(read_spec(name), tasks=tasks, templates=templates, train=train, **said) for name in data]
         models = [load_asked(name, trust=trust) for name in (model, against) if name is not None]
         answers, problems = answer(models, specs)
         for problem in problems:
