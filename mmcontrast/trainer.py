@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import Batch, MicroBatch
-from mmcontrast.cached import Keep, batch_coupled_layers, forward_backward
+from mmcontrast.cached import Keep, forward_backward
 from mmcontrast.checkpoint import (
     Checkpoints,
     load_optimizer,
@@ -51,6 +51,7 @@ from mmcontrast.parallel import Layout, Sharded, Whole, check_optimizer, load_wh
 from mmcontrast.progress import Progress
 from mmcontrast.run_folder import Content, RunFolder
 from mmcontrast.schedules import Cosine, Schedule
+from mmcontrast.settings import check_model, micro_batches
 from mmcontrast.sharding import Result, World, value_and_grad
 
 
@@ -162,25 +163,9 @@ class Trainer(Configurable):
             raise ConfigError(f"global_batch {config.global_batch} must be a multiple of the ranks ({self.world.size})")
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model: MultiEncoder = config.model.build()
-        coupled = batch_coupled_layers(self.model.train())
-        if coupled:
-            raise ConfigError(f"the layer {coupled[0]} mixes samples, which micro-batches change; replace or freeze it")
         self.objectives = nn.ModuleDict({n: o.build() for n, o in config.objectives.items()}).to(self.device)
-        for name, term in self.terms.items():
-            for modality in term.modalities:
-                if modality not in self.model.modalities:
-                    known = ", ".join(self.model.modalities)
-                    raise ConfigError(f"objective {name!r} reads the modality {modality!r}; the model has {known}")
-        for modality in self.model.modalities:
-            readers = [*self.terms.values(), *self.model.terms.values()]
-            if not any(modality in reader.modalities for reader in readers):
-                raise ConfigError(
-                    f"no objective reads the modality {modality!r}; leave its tower out, or name it in one"
-                )
-        for name in self.model.terms.keys() & self.terms.keys():
-            raise ConfigError(f"a head and an objective are both called {name!r}; rename one, for their values' sake")
-        self.micro_batches = {m: config.tower_micro_batch.get(m, config.micro_batch) for m in self.model.modalities}
-        self._check_micro_batches()
+        check_model(self.model.train(), self.terms)
+        self.micro_batches = micro_batches(self.model, config.micro_batch, config.tower_micro_batch)
         self.evaluators: dict[str, Evaluator] = {name: e.build() for name, e in config.evaluators.items()}
         self.stream: Batches = config.data.build(
             self.model.transforms(train=True),
@@ -220,18 +205,6 @@ class Trainer(Configurable):
         if self.ema is not None:
             layout.share(self.ema.model)
         return layout
-
-    def _check_micro_batches(self) -> None:
-        """Raise where a tower is asked for that is not there, or one head would read two sizes."""
-        for name, size in self.config.tower_micro_batch.items():
-            if name not in self.model.modalities:
-                raise ConfigError(f"tower_micro_batch names {name!r}{suggest(name, self.model.modalities)}")
-            if size < 1:
-                raise ConfigError(f"tower_micro_batch is {size} for {name!r}; it must be at least 1")
-        for name, head in self.model.terms.items():
-            sizes = {m: self.micro_batches[m] for m in head.modalities}
-            if len(set(sizes.values())) > 1:
-                raise ConfigError(f"the head {name!r} reads towers of different micro-batches, {sizes}; give them one")
 
     @property
     def terms(self) -> dict[str, Objective]:

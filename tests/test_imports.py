@@ -42,9 +42,10 @@ MAY = {
     "not_finite": {"batch"},
     "run_folder": {"config", "checkpoint", "sharding"},
     "parallel": {"config", "encoders", "optim"},
+    "settings": {"config", "cached", "encoders", "objectives"},
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
-    | {"interrupts", "not_finite", "run_folder"}
+    | {"interrupts", "not_finite", "run_folder", "settings"}
     | {"schedules", "ema", "progress", "parallel"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
