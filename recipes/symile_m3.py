@@ -1,12 +1,12 @@
 """Symile-M3: picture, spoken prompt, and words in five languages at full scale; `symile_trimodal` is its small sibling.
 
-    mmcontrast prep imagefolder IMAGENET data/imagenet
+    mmcontrast prep imagefolder IMAGENET data/imagenet --translations translations.json
     mmcontrast prep common_voice COMMONVOICE data/voices
     torchrun --nproc_per_node 8 -m mmcontrast train symile_m3
 
 Towers as in the paper (Saporta et al. 2024, arXiv:2411.01053, sec. 5): CLIP's picture tower, Whisper's encoder and a
-multilingual text encoder (XLM-R), each frozen under a learned projection. Pictures must name their class in each of the
-languages (metadata `names`). It has not been run at this scale.
+multilingual text encoder (XLM-R), each frozen under a learned projection. The translations, a JSON file of the paper's
+code, name each class in each of the languages. It has not been run at this scale.
 """
 
 from __future__ import annotations
