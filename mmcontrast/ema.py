@@ -54,5 +54,5 @@ class EMA(Configurable):
 
 def _here(model: MultiEncoder) -> list[Tensor]:
     """What of each parameter and buffer lies on this rank."""
-    tensors = cast(list[Any], list(model.state_dict().values()))
+    tensors: list[Any] = list(model.state_dict().values())
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

@@ -33,8 +33,10 @@ from mmcontrast.optim import Groups, Optimizer
 class Layout(Protocol):
     """Where the weights of a model are, and how its gradients come together."""
 
-    model: nn.Module
-    """What is called to encode."""
+    @property
+    def model(self) -> nn.Module:
+        """What is called to encode."""
+        ...
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Forward and backward that only add up gradients on this rank."""
@@ -175,7 +177,7 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for name, t in tensors.items():
         if isinstance(t, DTensor):
-            t = cast(Tensor, t.full_tensor())
+            t = t.full_tensor()
             t = t.cpu() if keep else t
         if keep:
             found[name] = t
@@ -207,7 +209,8 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 def check_optimizer(optimizer: Optimizer, mesh: DeviceMesh) -> None:
     """Three steps on a small matrix and a vector that are spread over the ranks, and the same on whole ones.
 
-    Beside them lies a number that every rank has, like the temperature of an objective. Some rules look at a parameter as a whole (norms of it, factored moments) in ways that DTensors do not have.
+    Beside them lies a number that every rank has, like the temperature of an objective. Some rules look
+    at a parameter as a whole (norms of it, factored moments) in ways that DTensors do not have.
 
     Raises:
         ConfigError: the results differ, or a state that cannot be saved and spread again.

@@ -39,7 +39,9 @@ def adapted() -> Trainer.Config:
 
 
 def averaged() -> Trainer.Config:
-    return replace(shapes.recipe(), ema=EMA.Config(decay=0.5), evaluators={"w": tiny.Sum.Config()}, eval_every=STEPS // 2)
+    return replace(
+        shapes.recipe(), ema=EMA.Config(decay=0.5), evaluators={"w": tiny.Sum.Config()}, eval_every=STEPS // 2
+    )
 
 
 KINDS: dict[str, Callable[[], Trainer.Config]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mmcontrast.checkpoint import Checkpoints, list_checkpoints, load, read_tensors
-from mmcontrast.config import ConfigError, Configurable
+from mmcontrast.config import ConfigError
 from mmcontrast.ema import EMA
-from mmcontrast.encoders import MultiEncoder
 from mmcontrast.trainer import Trainer
 from tests.shapes import write_shapes
-from tests.tiny import Sum, checksum
 from tests.test_trainer import assert_equal, command, fit, run, settings
+from tests.tiny import Sum, checksum
 
 STEPS = 5
 
