@@ -16,8 +16,14 @@ from mmcontrast.eval.embed import Embedded
 from mmcontrast.eval.task import fields_of
 
 
-def labels_of(data: Embedded, modality: str, label: str) -> tuple[list[int], list[Any]]:
+def labels_of(data: Embedded, modality: str, label: str, *, drop_empty: bool = False) -> tuple[list[int], list[Any]]:
     """Places in z[modality] of what carries a label, and the labels: names, numbers, or lists of them.
+
+    Args:
+        data: samples with metadata.
+        modality: of what is classified.
+        label: metadata field.
+        drop_empty: leave out what has an empty list of labels, too.
 
     Raises:
         ConfigError: no sample has the modality, or none the label.
@@ -25,7 +31,7 @@ def labels_of(data: Embedded, modality: str, label: str) -> tuple[list[int], lis
     if modality not in data.rows:
         raise ConfigError(f"no sample has the modality {modality!r}: there is nothing to classify")
     values = [data.meta[row].get(label) for row in data.rows[modality].tolist()]
-    items = [i for i, value in enumerate(values) if value is not None]
+    items = [i for i, value in enumerate(values) if value is not None and not (drop_empty and value in ([], ()))]
     if not items:
         raise ConfigError(f"no sample has the label {label!r} in its metadata; fields: {fields_of(data.meta)}")
     return items, [values[i] for i in items]

@@ -137,7 +137,7 @@ class Shards:
             if self.label == "cls":
                 return {**found, "label": int(data)}
             flags = np.load(io.BytesIO(data), allow_pickle=False)
-            return {**found, "labels": np.flatnonzero(flags).tolist()}
+            return {**found, "label": np.flatnonzero(flags).tolist()}
         except KeyError:
             return found
         except ValueError:

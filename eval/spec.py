@@ -38,6 +38,7 @@ TASKS: Mapping[str, type[EmbeddedTask]] = {
 """The questions that can be asked of any data set, by name."""
 _ASKED = ("zero_shot", "retrieval")  # where neither the data nor the user says
 _SPECS = (".yaml", ".yml", ".toml")
+_PROMPTS = ("templates", "prompts", "negative_templates", "negative_prompts")
 
 
 class Spec(Configurable):
@@ -77,6 +78,12 @@ class Spec(Configurable):
         """Prompts with {c} for the class name, or a file with one a line."""
         prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
         """Class -> its own prompts."""
+        negative_templates: tuple[str, ...] = ()
+        """Prompts with {c} for the absence of a class, or a file with one a line."""
+        negative_prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+        """Class -> its own prompts for its absence."""
+        drop_empty: bool = False
+        """Where labels are lists: leave out samples whose list is empty."""
         language: str | None = None
         """Of the prompts and captions."""
         pair: tuple[str, str] | None = None
@@ -136,10 +143,15 @@ class Spec(Configurable):
         classified: dict[str, Any] = {
             "modality": x,
             "classes": c.classes,
+            "drop_empty": c.drop_empty,
             **({} if c.label is None else {"label": c.label}),
         }
         own: dict[str, dict[str, Any]] = {
-            "zero_shot": {**classified, "prompt_modality": y, "templates": c.templates, "prompts": c.prompts},
+            "zero_shot": {
+                **classified,
+                "prompt_modality": y,
+                **{name: getattr(c, name) for name in _PROMPTS},
+            },
             **dict.fromkeys(("linear_probe", "knn"), classified),
             "retrieval": {"pair": [x, y], "group": c.group},
             "geometry": {"pair": [x, y]},
@@ -212,7 +224,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _spec(given: Mapping[str, Any], home: Path, where: str) -> Spec.Config:
     said = dict(published(str(given["published"])) if "published" in given else {}) | dict(given)
     said.pop("published", None)
-    for key in ("classes", "templates"):
+    for key in ("classes", "templates", "negative_templates"):
         if isinstance(said.get(key), str):
             said[key] = _lines_of(home / said[key])
     for key in ("data", "train", "texts"):
@@ -226,8 +238,9 @@ def _spec(given: Mapping[str, Any], home: Path, where: str) -> Spec.Config:
     for key in ("where", "train_where"):
         if isinstance(said.get(key), dict):
             said[key] = {k: v if isinstance(v, list) else [v] for k, v in said[key].items()}
-    if isinstance(said.get("prompts"), dict):
-        said["prompts"] = {str(k): [v] if isinstance(v, str) else v for k, v in said["prompts"].items()}
+    for key in ("prompts", "negative_prompts"):
+        if isinstance(said.get(key), dict):
+            said[key] = {str(k): [v] if isinstance(v, str) else v for k, v in said[key].items()}
     tasks = said.get("tasks")
     if isinstance(tasks, list):
         said["tasks"] = {str(name): {} for name in cast(list[Any], tasks)}

@@ -79,6 +79,8 @@ class TrainedTask(EmbeddedTask):
         """Metadata field with the class, or with a list of classes."""
         classes: tuple[str, ...] = ()
         """Names of all classes; without any, those that the data name or, at last, those that samples have."""
+        drop_empty: bool = False
+        """Leave out samples whose list of classes is empty."""
         features: Literal["projected", "tower"] = "projected"
         """Of the shared space, or as the tower pools them, before their projection; both of unit norm."""
         group: str | None = None
@@ -115,7 +117,7 @@ class TrainedTask(EmbeddedTask):
             raise ConfigError("the training data are those that are asked about; name others with train")
         if c.features == "tower":
             data, train = (embed(tower(model), d.source, modalities=self.modalities()) for d in (data, train))
-        asked, learned = (labels_of(d, c.modality, c.label) for d in (data, train))
+        asked, learned = (labels_of(d, c.modality, c.label, drop_empty=c.drop_empty) for d in (data, train))
         labels = [*asked[1], *learned[1]]
         classes = list(c.classes or data.source.classes) or names_in(labels)
         read: Callable[..., NDArray[Any]] = class_flags if several(labels) else class_numbers

@@ -15,7 +15,7 @@ from mmcontrast.config import ConfigError, suggest
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.classified import Classified
 from mmcontrast.eval.embed import Embedded
-from mmcontrast.eval.labels import class_numbers, labels_of, names_in
+from mmcontrast.eval.labels import class_flags, class_numbers, labels_of, names_in, several
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import Result
 from mmcontrast.eval.task import EmbeddedTask, groups_of
@@ -33,23 +33,29 @@ class ZeroShot(EmbeddedTask):
         prompt_modality: str = "text"
         """What the class names are encoded as."""
         label: str = "label"
-        """Metadata field with the class: its name, or its place in `classes`, from 0."""
+        """Metadata field with the class, its name or its place in `classes`, from 0; or with a list of classes."""
         classes: tuple[str, ...] = ()
         """Names of all classes; without any, those that the data name or, at last, those that samples have."""
         templates: tuple[str, ...] = ()
         """Prompts, each with {c} for the class name; without any, those of the data, or the bare name."""
         prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
         """Class -> its own prompts, instead of the templates."""
+        negative_templates: tuple[str, ...] = ()
+        """Prompts with {c} for absence, as CheXzero's "no {c}" (Tiu et al. 2022, doi:10.1038/s41551-022-00936-9)."""
+        negative_prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+        """Class -> its own prompts for its absence, instead of the negative templates."""
+        drop_empty: bool = False
+        """Leave out samples whose list of classes is empty; otherwise they have none of the classes."""
         block: int = 4096
         """Samples that are scored at once: memory is 4 bytes for each of them and each class."""
 
     config: Config
 
     def __init__(self, config: Config) -> None:
-        for template in config.templates:
+        for template in (*config.templates, *config.negative_templates):
             if "{c}" not in template:
                 raise ConfigError(f"the template {template!r} lacks {{c}}, the place of the class name")
-        for name, prompts in config.prompts.items():
+        for name, prompts in (*config.prompts.items(), *config.negative_prompts.items()):
             if not prompts:
                 raise ConfigError(f"the class {name!r} has an empty list of prompts; give it one, or leave it out")
             if config.classes and name not in config.classes:
@@ -61,37 +67,57 @@ class ZeroShot(EmbeddedTask):
         return [self.config.modality]
 
     def score(self, model: MultiEncoder, data: Embedded) -> Result:
-        """Over the n samples with a label, see below.
+        """Over the n samples with a label; `Classified` tells what the numbers mean, of one class each or of lists.
 
-        - acc1, acc5 (undefined below five classes): the right class is the nearest, or among the five nearest.
-        - mean_per_class_recall: acc1 of each class that has samples, averaged.
-
-        A class that ties with the right one stands before it, so equal embeddings do not score.
+        A sample's score of a class is its cosine with the class's prompts, less that with its negative prompts if there
+        are some; a softmax over both, as CheXzero has it, orders the samples of a class in the same way.
 
         Raises:
-            ConfigError: no sample has the modality or carries a label, or a label is no class.
+            ConfigError: no sample has the modality or carries a label, a label is no class, or some classes alone have
+                negative prompts.
         """
         c = self.config
-        items, labels = labels_of(data, c.modality, c.label)
+        items, labels = labels_of(data, c.modality, c.label, drop_empty=c.drop_empty)
         classes = list(c.classes or data.source.classes) or names_in(labels)
-        truth = class_numbers(labels, classes)
-        prompts = [c.prompts.get(name) or self._prompts(name, data.source.templates) for name in classes]
-        prototypes = class_embeddings(model, c.prompt_modality, prompts)
+        prompts = self._prompts(classes, data.source.templates)
+        heads = class_embeddings(model, c.prompt_modality, prompts)
+        negative = self._negative_prompts(classes)
+        if negative:
+            heads = heads - class_embeddings(model, c.prompt_modality, negative)
         z, rows = data.z[c.modality][items], data.rows[c.modality][items]
-        found = rank(z, prototypes, torch.from_numpy(truth), torch.arange(len(classes)), block=c.block)
-        heads = prototypes.double().T
-        return Classified(
+        classified = Classified(
             task="zeroshot_classification",
             names=data.names_of(rows),
             positions=data.positions[rows].tolist(),
             classes=classes,
-            scores=lambda part: (z[part].double() @ heads).numpy(),
+            scores=lambda part: (z[part].double() @ heads.double().T).numpy(),
             groups=groups_of(data.meta, rows.tolist(), c.bootstrap_by),
             warnings=collisions(classes, prompts),
-        ).of_one(truth, found.best.numpy())
+        )
+        if several(labels):
+            return classified.of_several(class_flags(labels, classes))
+        truth = class_numbers(labels, classes)
+        found = rank(z, heads, torch.from_numpy(truth), torch.arange(len(classes)), block=c.block)
+        return classified.of_one(truth, found.best.numpy())
 
-    def _prompts(self, name: str, templates: Sequence[str]) -> Sequence[str]:
-        return [template.replace("{c}", name) for template in self.config.templates or templates or ("{c}",)]
+    def _prompts(self, classes: Sequence[str], of_data: Sequence[str]) -> list[Sequence[str]]:
+        templates = self.config.templates or of_data or ("{c}",)
+        return [self.config.prompts.get(name) or _filled(templates, name) for name in classes]
+
+    def _negative_prompts(self, classes: Sequence[str]) -> list[Sequence[str]]:
+        c = self.config
+        found = [c.negative_prompts.get(name) or _filled(c.negative_templates, name) for name in classes]
+        without = [name for name, texts in zip(classes, found, strict=True) if not texts]
+        if without and len(without) < len(classes):
+            raise ConfigError(
+                f"the class {without[0]!r} has no negative prompts, but others have: their scores cannot be compared; "
+                "give it some, or negative templates for all"
+            )
+        return [] if without else found
+
+
+def _filled(templates: Sequence[str], name: str) -> Sequence[str]:
+    return [template.replace("{c}", name) for template in templates]
 
 
 def class_embeddings(model: MultiEncoder, modality: str, prompts: Sequence[Sequence[str]]) -> Tensor:
@@ -110,7 +136,7 @@ def collisions(classes: Sequence[str], prompts: Sequence[Sequence[str]]) -> list
     for name, texts in zip(classes, prompts, strict=True):
         by_prompts.setdefault(tuple(" ".join(text.lower().split()) for text in texts), []).append(name)
     return [
-        f"{len(names)} classes have the same prompts ({', '.join(map(repr, names[:3]))}): none of them can be found"
+        f"{len(names)} classes have the same prompts ({', '.join(map(repr, names[:3]))}): nothing tells them apart"
         for names in by_prompts.values()
         if len(names) > 1
     ]

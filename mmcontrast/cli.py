@@ -83,9 +83,9 @@ def evaluate(
 
     Args:
         model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
-        data: spec files; NAME:PATH of well-known data sets (imagenet, cifar10, cifar100, esc50, clotho, audiocaps);
-            or data as they lie: shards, CLIP_benchmark's folders, a folder per class, a table. None: the evaluators
-            of the recipe.
+        data: spec files; NAME:PATH of well-known data sets (imagenet, cifar10, cifar100, esc50, clotho, audiocaps,
+            ptbxl_super, ptbxl_sub, ptbxl_form, ptbxl_rhythm); or data as they lie: shards, CLIP_benchmark's folders, a
+            folder per class, a table. None: the evaluators of the recipe.
         tasks: questions to ask; by default what the data are made for.
         train: labelled data that linear_probe and knn learn from; by default the split train of the data.
         label: metadata field, or column of a table, with the class.

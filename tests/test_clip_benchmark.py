@@ -29,6 +29,7 @@ class SideBySide:
     model: str
     classification: Path
     retrieval: Path
+    several: Path
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> SideBySide:
         made.open_clip_weights(folder),
         made.write(folder / "colours", "classification", 64),
         made.write(folder / "pairs", "retrieval", 50),
+        made.write(folder / "several", "multilabel", 45),
     )
 
 
@@ -81,6 +83,15 @@ def test_classification_is_the_same(both: SideBySide) -> None:
     )
     assert {name: found["metrics"][name] for name in want} == pytest.approx(want, abs=1e-6)
     assert found["metrics"]["samples"] == 64 and found["metrics"]["classes"] == len(made.CLASSES)
+
+
+def test_several_labels_are_the_same(both: SideBySide) -> None:
+    want, found = _theirs(both, both.several), _ours(both, both.several)
+    assert found["task"] == "zeroshot_classification" and want.keys() == {"mean_average_precision"}
+    got = found["metrics"]["mean_average_precision"]
+    assert got == pytest.approx(want["mean_average_precision"], abs=1e-6)
+    assert abs(got - found["metrics"]["mean_average_precision_chance"]) > 0.01, "nothing compared"
+    assert found["metrics"]["samples"] == 45 and found["metrics"]["labels"] > 60
 
 
 def test_retrieval_with_several_captions_is_the_same(both: SideBySide) -> None:
@@ -138,7 +149,7 @@ def test_the_layout_as_it_is(both: SideBySide, tmp_path: Path) -> None:
     assert pairs.values(2, "text", "text") == ["a blue square number 2", "square 2", "blue\\nand 2"]
     assert pairs.questions == ("retrieval",) and not pairs.classes
     several = open_data(str(made.write(tmp_path / "several", "multilabel", 12)))
-    assert several.meta(3)["labels"] == [0, 3] and several.meta(0)["labels"] == [0]
+    assert several.meta(3)["label"] == [0, 3] and several.meta(0)["label"] == [0]
     (both.retrieval / "test" / "nshards.txt").rename(tmp_path / "kept")
     try:
         with pytest.raises(ConfigError, match="not laid out as clip_benchmark: there is no nshards.txt"):

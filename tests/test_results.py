@@ -192,7 +192,7 @@ def test_classes_that_mislead_are_named(tmp_path: Path) -> None:
     found = asked.build().answer(model)
     assert found.counts["classes"] == 8
     assert found.warnings == [
-        "2 classes have the same prompts ('red', 'Red '): none of them can be found",
+        "2 classes have the same prompts ('red', 'Red '): nothing tells them apart",
         "2 of 8 classes have no sample: 'Red ', 'purple'",
     ]
     z = model.encode("text", ["a sea", "a sky"]).mean(0)
