@@ -56,7 +56,9 @@ class KNN(TrainedTask):
             best = grid[int(np.argmax(values))]
             facts["held_out_mean_average_precision" if train.right.ndim > 1 else "held_out_acc1"] = max(values)
         index = _Neighbours(train, classes, self.config.temperature)
-        return Learned(lambda x: index.votes(index.search(x, best), best), {"k": float(best), **facts})
+        return Learned(
+            lambda x: index.votes(index.search(x, best), best), lambda shares: shares, {"k": float(best), **facts}
+        )
 
 
 class _Neighbours:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
+from mmcontrast.eval.classified import softmax
 from mmcontrast.eval.statistics import Floats
 from mmcontrast.eval.trained import Examples, Learned, TrainedTask, divided, worth
 
@@ -69,7 +70,7 @@ class LinearProbe(TrainedTask):
         probe.fit(best)
         if probe.stopped:
             warnings.append(f"the fit stopped after {self.config.max_iterations} steps; raise max_iterations")
-        return Learned(probe.scores, {"C": best, **facts}, warnings)
+        return Learned(probe.scores, softmax(1.0), {"C": best, **facts}, warnings)
 
 
 class _Probe:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.checkpoint import find_checkpoint, load_checkpoint, model_hash
-from mmcontrast.config import ConfigError, suggest
+from mmcontrast.checkpoint import find_checkpoint, load_checkpoint, model_hash, read_config, read_tensors
+from mmcontrast.config import ConfigError, from_dict, suggest
 from mmcontrast.decode import Sound, audio_from, picture_from
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.objectives.pairs import ScaledPairs
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Asked:
         name: what results call it, with `pretrained` as CLIP_benchmark does.
         pretrained: which weights.
         identity: changes when weights, settings or preparation do.
+        scale_of: two modalities -> the logit scale that their scores were trained with; None where none is known.
     """
 
     model: MultiEncoder
     name: str
     pretrained: str
     identity: str
+    scale_of: Callable[[str, str], float | None] = lambda x, y: None
 
 
 def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
@@ -62,9 +65,32 @@ def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
                 "ARCHITECTURE,WEIGHTS, such as ViT-B-32,weights.safetensors"
             )
         checkpoint = find_checkpoint(path)
-        return Asked(load_checkpoint(checkpoint, trust=trust), str(given), checkpoint.name, model_hash(checkpoint))
+        return Asked(
+            load_checkpoint(checkpoint, trust=trust),
+            str(given),
+            checkpoint.name,
+            model_hash(checkpoint),
+            _trained_scales(checkpoint, trust),
+        )
     architecture, _, weights = str(given).partition(",")
     return _open_clip(architecture, weights)
+
+
+def _trained_scales(checkpoint: Path, trust: Collection[str]) -> Callable[[str, str], float | None]:
+    """Scales of the run's objectives; of an objective whose class is not trusted none is known."""
+    named: dict[str, Any] = read_config(checkpoint.parent).get("objectives") or {}
+    tensors = read_tensors(checkpoint, "objectives") if (checkpoint / "objectives.safetensors").is_file() else {}
+    found: list[ScaledPairs] = []
+    for name, settings in named.items():
+        try:
+            objective: Any = from_dict(settings, trust=trust, where=f"objectives.{name}").build()
+            if isinstance(objective, ScaledPairs):
+                own = {key: tensors[f"{name}.{key}"] for key in objective.state_dict()}
+                objective.load_state_dict(own)
+                found.append(objective)
+        except (ConfigError, KeyError, RuntimeError):
+            continue
+    return lambda x, y: next((s for o in found if (s := o.scale_between(x, y)) is not None), None)
 
 
 class Tower(Encoder):
@@ -140,7 +166,8 @@ def _open_clip(architecture: str, weights: str) -> Asked:
         "image": Tower(_Prepared("image", lambda v: preprocess(pil_image(v))), clip.encode_image, dim),
         "text": Tower(_Prepared("text", lambda v: tokenizer([str(v)])[0]), clip.encode_text, dim),
     }
-    return Asked(Foreign(clip, towers), architecture, weights, _identity(clip, architecture, repr(preprocess)))
+    identity = _identity(clip, architecture, repr(preprocess))
+    return Asked(Foreign(clip, towers), architecture, weights, identity, _one_scale(clip.logit_scale))
 
 
 def _transformers(folder: Path) -> Asked:
@@ -186,7 +213,14 @@ def _transformers(folder: Path) -> Asked:
 
         towers["audio"] = _tower(_Prepared("audio", sound, _joined), whole.get_audio_features, whole, dict)
     towers["text"] = _tower(_Prepared("text", str, texts), whole.get_text_features, whole, dict)
-    return Asked(Foreign(whole, towers), str(folder), folder.name, _identity(whole, *_settings(folder)))
+    log_scale = getattr(whole, "logit_scale", getattr(whole, "logit_scale_a", None))  # of CLIP; of CLAP's sounds
+    identity = _identity(whole, *_settings(folder))
+    return Asked(Foreign(whole, towers), str(folder), folder.name, identity, _one_scale(log_scale))
+
+
+def _one_scale(log_scale: Tensor | None) -> Callable[[str, str], float | None]:
+    scale = None if log_scale is None else float(log_scale.detach().exp())
+    return lambda x, y: scale
 
 
 def _tower(

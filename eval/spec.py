@@ -11,7 +11,7 @@ retrieval: {k: [1, 5, 10, 50]}
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -131,8 +131,15 @@ class Spec(Configurable):
         )
         return open_data(data, reading, layout=c.layout)
 
-    def questions(self, model: MultiEncoder, source: Source) -> dict[str, EmbeddedTask]:
+    def questions(
+        self, model: MultiEncoder, source: Source, scale_of: Callable[[str, str], float | None] = lambda x, y: None
+    ) -> dict[str, EmbeddedTask]:
         """Task -> the question as it is asked of this model.
+
+        Args:
+            model: which is asked.
+            source: the data.
+            scale_of: two modalities -> the logit scale of their scores, where it is known.
 
         Raises:
             ConfigError: settings that a task does not have, or the model has no text to compare with.
@@ -150,6 +157,7 @@ class Spec(Configurable):
             "zero_shot": {
                 **classified,
                 "prompt_modality": y,
+                "scale": scale_of(x, y),
                 **{name: getattr(c, name) for name in _PROMPTS},
             },
             **dict.fromkeys(("linear_probe", "knn"), classified),

@@ -58,6 +58,25 @@ def mean_of_classes(values: ArrayLike, classes: ArrayLike) -> Statistic:
     return of
 
 
+def calibration_error(confidence: ArrayLike, right: ArrayLike, bins: int) -> Statistic:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3): |confidence - accuracy| over equal bins.
+
+    Args:
+        confidence: [n] probabilities of what is named.
+        right: [n], whether it is right.
+        bins: equal parts of 0..1, each with its upper end.
+    """
+    said, gap = np.asarray(confidence, dtype=np.float64), np.asarray(confidence) - np.asarray(right, dtype=np.float64)
+    signed = np.zeros((len(said), bins))
+    signed[np.arange(len(said)), bin_of(said, bins)] = gap
+    return lambda weights: _ratio(np.abs(weights @ signed).sum(1), weights.sum(1))
+
+
+def bin_of(values: Floats, bins: int) -> NDArray[np.int64]:
+    """Which of `bins` equal parts of 0..1 each value is in, each part with its upper end; 0 is in the first."""
+    return np.clip(np.ceil(values * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
 def resampled(
     statistics: Mapping[str, Statistic], count: int, groups: NDArray[np.int64] | None = None
 ) -> dict[str, Floats]:

@@ -52,9 +52,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class Learned:
-    """What came of training: x [b, D] -> scores [b, C], and what a result says of it."""
+    """What came of training: x [b, D] -> scores [b, C] -> probabilities, and what a result says of it."""
 
     scores: Callable[[NDArray[np.float32]], Floats]
+    probabilities: Callable[[Floats], Floats]
     facts: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
     warnings: Sequence[str] = ()
 
@@ -137,6 +138,7 @@ class TrainedTask(EmbeddedTask):
             positions=data.positions[rows].tolist(),
             classes=classes,
             scores=lambda part: found.scores(x[places[part]]),
+            probabilities=found.probabilities,
             groups=groups_of(data.meta, rows, c.bootstrap_by),
             facts=found.facts,
             counts={"training_samples": len(examples.x)},

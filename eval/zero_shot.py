@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.classified import Classified
+from mmcontrast.eval.classified import Classified, softmax
 from mmcontrast.eval.embed import Embedded
 from mmcontrast.eval.labels import class_flags, class_numbers, labels_of, names_in, several
 from mmcontrast.eval.ranks import rank
@@ -46,6 +46,8 @@ class ZeroShot(EmbeddedTask):
         """Class -> its own prompts for its absence, instead of the negative templates."""
         drop_empty: bool = False
         """Leave out samples whose list of classes is empty; otherwise they have none of the classes."""
+        scale: float | None = None
+        """Logit scale at which a softmax makes probabilities; the command takes the model's. None: no `ece`."""
         block: int = 4096
         """Samples that are scored at once: memory is 4 bytes for each of them and each class."""
 
@@ -92,6 +94,7 @@ class ZeroShot(EmbeddedTask):
             classes=classes,
             scores=lambda part: (z[part].double() @ heads.double().T).numpy(),
             groups=groups_of(data.meta, rows.tolist(), c.bootstrap_by),
+            probabilities=None if c.scale is None else softmax(c.scale),
             warnings=collisions(classes, prompts),
         )
         if several(labels):

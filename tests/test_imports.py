@@ -55,7 +55,8 @@ MAY = {
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
     | {"parallel", "arguments", "page", "processes", "check"},
-    "eval": LOW | {"encoders", "data", "checkpoint", "manifest", "arguments", "tables", "page", "geometry", "eval"},
+    "eval": LOW
+    | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "geometry", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},
     "quickstart": {"config"},
 }

@@ -100,6 +100,11 @@ class ScaledPairs(Objective):
         with torch.no_grad():
             self.log_scale.clamp_(0.0, math.log(self.max_scale))
 
+    def scale_between(self, x: str, y: str) -> float | None:
+        """What scores of x against candidates of y are multiplied by; None where they are not contrasted."""
+        contrasted = (x, y) in self.pair_shares or (y, x) in self.pair_shares
+        return float(self.log_scale.detach()[0].exp()) if contrasted else None
+
     def metrics(self) -> Mapping[str, float]:
         """The logit scale."""
         return {"logit_scale": float(self.log_scale.detach().exp())}
@@ -140,6 +145,12 @@ class PairObjective(ScaledPairs, ScoreObjective):
         self.pair_config = config
         self.views = views or {f"{x},{y}": View(x, y, share) for (x, y), share in self.pair_shares.items()}
         self.candidates = tuple(dict.fromkeys(view.y for view in self.views.values()))
+
+    def scale_between(self, x: str, y: str) -> float | None:
+        """The view's own; where there is none of this direction, that of the other."""
+        of = {(view.x, view.y): view.scale for view in self.views.values()}
+        number = of.get((x, y), of.get((y, x)))
+        return None if number is None else float(self.log_scale.detach()[number].exp())
 
     def wants(self) -> frozenset[Statistic]:
         """What the objective needs to know of each matrix."""
