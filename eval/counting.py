@@ -1,0 +1,283 @@
+"""How many wrong candidates stand before the right ones of each query, both ways from one pass over the scores.
+
+Scores are compared in float32; what lies too close to tell there is compared again in float64, and within float64's
+rounding it is a tie. So no count depends on the block, on the order of the candidates, or on how a machine adds up its
+products.
+
+A tile of scores is one matrix product. It is compared strip by strip, since a strip stays in the cache of a core, in
+memory that is used again, since fresh pages would cost more than the comparisons.
+
+Letters: n queries, m candidates, D dimensions, K right candidates looked at; a tile has R rows and W columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmcontrast.data.threads import in_threads
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BLOCK = 512
+"""Rows of a tile: with its columns 4 MB of scores."""
+_WIDTH = 2048
+_STRIP = 64  # rows: with two more of its size 1.5 MB, a core's cache
+_GROUP = 64  # scores that are looked through at once for those that are too close to tell
+_NUMBERS = 1 << 15  # of each side of the pairs that are scored in float64 at once: 256 kB
+_PAIRS = 1 << 12  # that a thread takes at once
+_LARGE = 32  # right candidates from which a matrix product is faster than pair by pair
+
+
+class Right:
+    """Which candidates are right, by label.
+
+    Attributes:
+        count: [n] right candidates.
+    """
+
+    def __init__(self, labels: Tensor, candidate_labels: Tensor) -> None:
+        self.labels, self.candidate_labels = labels, candidate_labels
+        self.order = candidate_labels.argsort(stable=True)
+        rising = candidate_labels[self.order]
+        self.start = torch.searchsorted(rising, labels)
+        self.count = torch.searchsorted(rising, labels, right=True) - self.start
+
+    def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Right candidates of some queries: place in `rows`, how many of the query stand before it, candidate."""
+        count = self.count[rows]
+        i = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
+        place = torch.arange(len(i), device=rows.device) - (count.cumsum(0) - count)[i]
+        return i, place, self.order[self.start[rows[i]] + place]
+
+    def excluder(self, rows: slice) -> Callable[[Tensor, int], None]:
+        """What sets the scores of these queries' right candidates to -inf in a tile that begins at some candidate."""
+        labels, candidate_labels = self.labels[rows, None], self.candidate_labels
+        if int(self.count[rows].sum()) > len(labels) * len(candidate_labels) // 8:
+            return lambda tile, first: _fill(tile, labels == candidate_labels[first : first + tile.shape[1]])
+        i, _, j = self.pairs(torch.arange(rows.start, rows.stop, device=labels.device))
+        j, order = j.sort()
+        i = i[order]
+
+        def exclude(tile: Tensor, first: int) -> None:
+            start, stop = torch.searchsorted(j, j.new_tensor([first, first + tile.shape[1]])).tolist()
+            tile[i[start:stop], j[start:stop] - first] = -torch.inf
+
+        return exclude
+
+
+def _fill(tile: Tensor, right: Tensor) -> None:
+    tile.masked_fill_(right, -torch.inf)
+
+
+class Pairs:
+    """Scores of single pairs in float64."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.sides = x, y
+        rows = max(1, _NUMBERS // x.shape[1])
+        self._single = [z.new_empty(rows, z.shape[1]) for z in self.sides]
+        self._double = [z.double() for z in self._single]
+
+    def __call__(self, i: Tensor, j: Tensor) -> Tensor:
+        """Places in x and y, [p] each -> [p]."""
+        step = len(self._single[0])
+        return torch.cat([self._some(*places) for places in zip(i.split(step), j.split(step), strict=True)])
+
+    def _some(self, i: Tensor, j: Tensor) -> Tensor:
+        n = len(i)
+        for z, at, single, double in zip(self.sides, (i, j), self._single, self._double, strict=True):
+            double[:n].copy_(torch.index_select(z, 0, at, out=single[:n]))
+        a, b = self._double
+        return a[:n].mul_(b[:n]).sum(1)
+
+
+@dataclass
+class Direction:
+    """Queries, candidates and what has been counted.
+
+    Attributes:
+        right: [n, K] float64, scores of the best right candidates, falling; +inf where there are fewer.
+        high: [K, n] float32: a score above it is surely above `right`.
+        low: [K, n] float32: a score below it is surely below `right`.
+        slack: [n] float64, within which scores tie.
+        before: [n, K] int64, wrong candidates that stand before each.
+        depths: of every `BLOCK` queries, the most right candidates that one of them has.
+    """
+
+    queries: Tensor
+    candidates: Tensor
+    right: Tensor
+    high: Tensor = field(init=False)
+    low: Tensor = field(init=False)
+    slack: Tensor = field(init=False)
+    before: Tensor = field(init=False)
+    depths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        d = self.queries.shape[1]
+        largest = torch.linalg.vector_norm(self.candidates, dim=1).max()
+        length = torch.linalg.vector_norm(self.queries, dim=1).double() * largest
+        # Of an inner product of D terms and its threshold (Higham 2002, 3.1): D u |x| |y| at most, in any order.
+        bound = length * (d + 8) * 2**-24
+        self.high, self.low = (self.right.T + bound).float().contiguous(), (self.right.T - bound).float().contiguous()
+        self.slack = length * (d + 8) * 2**-53
+        self.before = torch.zeros(self.right.shape, dtype=torch.int64, device=self.right.device)
+        self.depths = [int(part.max()) for part in self.right.isfinite().sum(1).split(BLOCK)]
+
+    def depth(self, queries: slice) -> int:
+        """Right candidates that one of these queries has, or more, up to K."""
+        return max(self.depths[queries.start // BLOCK : -(-queries.stop // BLOCK)])
+
+
+class _Side:
+    """One direction on one tile; its queries are the rows (`dim` 1), or the columns (0).
+
+    Attributes:
+        counted: [K', q] float32, candidates that are surely before; whole numbers, far below 2^24.
+        marks: [K', R, W / G] float32, of every G scores of a row, how many are too close to tell.
+    """
+
+    def __init__(self, direction: Direction, dim: int, queries: slice, candidates: slice, tile: Tensor) -> None:
+        self.direction, self.dim, self.queries, self.first_candidate = direction, dim, queries, candidates.start
+        self.group = math.gcd(tile.shape[1], _GROUP)
+        depth = direction.depth(queries)
+        self.high, self.low = (t[:depth, queries] for t in (direction.high, direction.low))
+        self.counted = tile.new_zeros(depth, tile.shape[1 - dim])
+        self.marks = tile.new_empty(depth, len(tile), tile.shape[1] // self.group)
+
+    def compare(self, strip: Tensor, rows: slice, above: Tensor, close: Tensor) -> None:
+        """Compare some rows of the tile in float32, right candidates at -inf."""
+        for high, low, counted, marks in zip(self.high, self.low, self.counted, self.marks, strict=True):
+            if self.dim == 1:
+                high, low, counted = high[rows, None], low[rows, None], counted[rows]
+            # Comparisons written as floats: torch makes those and adds them up six times as fast as booleans.
+            torch.gt(strip, high, out=above)
+            torch.ge(strip, low, out=close).sub_(above)
+            counted += above.sum(self.dim)
+            torch.sum(close.view(len(strip), -1, self.group), 2, out=marks[rows])
+
+    def settle(self, tile: Tensor, pairs: Pairs) -> Tensor:
+        """[q, K']: candidates that stand before, with those that were too close to tell."""
+        found = self.counted.long()
+        groups, per_row = tile.view(-1, self.group), self.marks.shape[2]
+        for k, marks in enumerate(self.marks):
+            marked = marks.view(-1).nonzero()[:, 0]
+            row, part = marked // per_row, marked % per_row
+            high, low = (
+                t[row, None] if self.dim == 1 else t.reshape(-1, self.group).index_select(0, part)
+                for t in (self.high[k], self.low[k])
+            )
+            scores = groups.index_select(0, marked)
+            at, within = ((scores >= low) & (scores <= high)).nonzero().unbind(1)
+            places = part[at] * self.group + within, row[at]
+            query, candidate = places[self.dim], places[1 - self.dim] + self.first_candidate
+            i = query + self.queries.start
+            exact = pairs(i, candidate) if self.dim == 1 else pairs(candidate, i)
+            stands_before = exact >= self.direction.right[i, k] - self.direction.slack[i]
+            found[k].index_add_(0, query, stands_before.long())
+        return found.T
+
+
+class _Counting:
+    """One thread's memory and counts."""
+
+    def __init__(self, forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
+        self.directions = [forward] if backward is None else [forward, backward]
+        self.right, self.pairs = right, Pairs(forward.queries, forward.candidates)
+        width = min(_WIDTH, len(forward.candidates))
+        self.tile = forward.queries.new_empty(block * width)
+        self.strips = [self.tile.new_empty(min(_STRIP, block) * width) for _ in range(2)]
+
+    def count(self, rows: slice) -> list[Tensor]:
+        """What these queries add to `before` of theirs, and of all candidates."""
+        n, m = rows.stop - rows.start, len(self.right.candidate_labels)
+        before = [d.before.new_zeros(size, d.before.shape[1]) for d, size in zip(self.directions, (n, m), strict=False)]
+        x, y = self.pairs.sides
+        exclude = self.right.excluder(rows)
+        for first in range(0, m, _WIDTH):
+            columns = slice(first, min(first + _WIDTH, m))
+            # Without gaps between rows, also where it is narrower than the others.
+            tile = self.tile[: n * (columns.stop - first)].view(n, -1)
+            torch.mm(x[rows], y[columns].T, out=tile)
+            exclude(tile, first)
+            places = (rows, columns), (columns, rows)
+            sides = [_Side(d, 1 - back, *places[back], tile) for back, d in enumerate(self.directions)]
+            for place, strip in enumerate(tile.split(_STRIP)):
+                above, close = (memory[: strip.numel()].view(strip.shape) for memory in self.strips)
+                of_tile = slice(place * _STRIP, place * _STRIP + len(strip))
+                for side in sides:
+                    side.compare(strip, of_tile, above, close)
+            for side, total, at in zip(sides, before, (slice(None), columns), strict=False):
+                total[at, : len(side.counted)] += side.settle(tile, self.pairs)
+        return before
+
+
+def count(forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
+    """Fill `before` of both."""
+    n = len(forward.queries)
+    blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)]
+
+    def some(rows: slice) -> list[Tensor]:
+        return _Counting(forward, backward, right, rows.stop - rows.start).count(rows)
+
+    with _full_precision():
+        for rows, found in zip(blocks, _on_cores(some, blocks), strict=True):
+            forward.before[rows] += found[0]
+            if backward is not None:
+                backward.before += found[1]
+
+
+def _on_cores(function: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:
+    """`function` of every piece, in order.
+
+    Each core goes through its cache alone. One operation after another on all cores would end thousands of times with a
+    wait for the slowest.
+    """
+    threads = max(1, min(torch.get_num_threads(), len(pieces)))
+    return in_threads((partial(function, piece) for piece in pieces), threads)
+
+
+def best_right(x: Tensor, y: Tensor, right: Right, depth: int) -> Tensor:
+    """[n, K] float64: scores of the best right candidates, `depth` at most, falling; +inf where there are fewer."""
+    labels = right.labels
+    k = min(depth, max(1, int(right.count.max())))
+    found = torch.full((len(x), k), -torch.inf, dtype=torch.float64)
+    few = ((right.count > 0) & (right.count <= _LARGE)).nonzero()[:, 0]
+    width = max(k, int(right.count[few].max())) if len(few) else k
+
+    def some(rows: Tensor) -> Tensor:
+        i, place, j = right.pairs(rows)
+        scores = found.new_full((len(rows), width), -torch.inf)
+        scores[i, place] = Pairs(x, y)(rows[i], j)
+        return scores.topk(k).values
+
+    if len(few):
+        pieces = few.split(max(1, _PAIRS // width))
+        found[few] = torch.cat(list(_on_cores(some, pieces)))
+    for label in labels[right.count > _LARGE].unique():
+        columns = (right.candidate_labels == label).nonzero()[:, 0]
+        for rows in (labels == label).nonzero()[:, 0].split(_STRIP):
+            for part in columns.split(max(1, 8 * _NUMBERS // x.shape[1])):
+                scores = torch.cat([found[rows], x[rows].double() @ y[part].double().T], 1)
+                found[rows] = scores.topk(k).values
+    return torch.where(found > -torch.inf, found, torch.inf)
+
+
+@contextmanager
+def _full_precision() -> Generator[None]:
+    """Products of float32 in float32: with fewer bits the bound of their error would not hold."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
