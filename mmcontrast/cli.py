@@ -46,9 +46,15 @@ def train(arguments: Sequence[str]) -> None:
     recipe = load_recipe(name, trust)
     config = tyro.cli(type(recipe), default=recipe, prog=f"mmcontrast train {name}", args=rest, description="")
     trainer = config.build()
-    trainer.fit()
+    try:
+        trainer.fit()
+    except FloatingPointError:
+        if trainer.is_main:
+            _draw(config.out, trust)  # what led there can be looked at
+        raise
     if trainer.is_main:
         print(f"{config.out}: trained to step {config.steps}", file=sys.stderr)
+        _draw(config.out, trust)
 
 
 def _train_usage(recipe: Positional[str]) -> None:
@@ -62,6 +68,34 @@ def _train_usage(recipe: Positional[str]) -> None:
         recipe: name of a shipped recipe, a .py file with `recipe()`, or a run's config.json. With `--trust MODULE`
             (or a .py file) a config.json may name classes of that module.
     """
+
+
+def _draw(run: Path, trust: Sequence[str]) -> None:
+    """Write `RUN/report.html`; what was trained is not spoilt by a page that cannot be written."""
+    try:
+        report((run,), trust=tuple(trust))
+    except (ConfigError, OSError) as error:
+        print(f"{run}: no report: {error}", file=sys.stderr)
+
+
+def report(runs: Positional[tuple[Path, ...]], out: Path | None = None, trust: tuple[str, ...] = ()) -> None:
+    """Draw what a run has written: curves, scores, what its health said, settings. Of several, beside each other.
+
+    A page that stands alone, at any time: also of a run that goes on, or was killed.
+
+    Args:
+        runs: run folders.
+        out: the page; by default report.html in the run folder, of several runs in this folder.
+        trust: modules or .py files whose classes a run's config may name, to know their defaults.
+    """
+    from mmcontrast.arguments import write_text
+    from mmcontrast.report.page import run_page
+
+    if not runs:
+        raise ConfigError("report needs at least one run folder: mmcontrast report RUN…")
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_text(path, run_page(runs, trust=trust))
+    print(f"look at {path}", file=sys.stderr)
 
 
 def evaluate(
@@ -194,6 +228,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prep": prep_usage,
     "check": _check,
     "train": _train_usage,
+    "report": report,
     "eval": evaluate,
     "caption": caption,
     "index": _index,

@@ -1,7 +1,8 @@
 """Pieces of a page that stands alone: one HTML file with everything in it, light and dark, on screen and on paper.
 
 Escaping is by construction. Whatever is not `Html` is text and is escaped where it enters; only the functions below
-make `Html`. No page holds a script or loads anything, and each forbids its browser to do either.
+make `Html`. No page loads anything, and each forbids its browser to do so, or to run any script but the one that it
+was made with, which the browser knows by its hash.
 
 Letters: H, W height and width of a picture, C channels of a signal, T its samples.
 """
@@ -9,19 +10,19 @@ Letters: H, W height and width of a picture, C channels of a signal, T its sampl
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_EMPTY_TAGS = ("img", "meta", "path", "rect", "line")
+_EMPTY_TAGS = ("img", "meta", "path", "rect", "line", "circle", "wbr")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
-_WIDTH, _HEIGHT, _BOTTOM = 320, 120, 18  # of a histogram
+_WIDTH = 320  # of a drawing
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --quiet: #5d6872; --line: #d9dee3; --soft: #f4f6f8;
@@ -31,7 +32,7 @@ _STYLE = """
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --quiet: #444; --line: #bbb; --soft: #fff;
   --bar: #3b78b8; --mark: #b8442e; --error: #b3261e; --warning: #94600a; --note: #45647d; }
   audio { display: none; } .card .said, .card .facts { max-height: none; }
-  figure, .card, tr, .finding { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+  figure, .card, tr, .finding, .tiles div { break-inside: avoid; } h2, h3, h2 + p { break-after: avoid; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto 4rem; padding: 0 1.2rem;
   background: var(--paper); color: var(--ink); }
@@ -44,19 +45,23 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th { font-weight: 600; text-align: left; color: var(--quiet); font-size: .85rem; }
 th, td { padding: .2rem 1.1rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; }
+.names td:first-child { overflow-wrap: normal; }
 th.number, td.number { text-align: right; white-space: nowrap; }
 .finding { display: grid; grid-template-columns: 5.2rem 1fr; gap: .2rem .8rem; padding: .45rem .7rem; margin: .35rem 0;
   background: var(--soft); border-left: 4px solid var(--note); overflow-wrap: anywhere; }
 .finding b { color: var(--note); }
 .finding.error { border-color: var(--error); } .finding.error b { color: var(--error); }
 .finding.warning { border-color: var(--warning); } .finding.warning b { color: var(--warning); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1px; margin: 1.2rem 0;
+  background: var(--line); border: 1px solid var(--line); border-radius: .4rem; overflow: hidden; }
+.tiles div { background: var(--paper); padding: .7rem .9rem; } .tiles dt { color: var(--quiet); font-size: .82rem; }
+.tiles dd { margin: 0; } .tiles b { display: block; font-size: 1.5rem; line-height: 1.3; font-weight: 600;
+  font-variant-numeric: tabular-nums; } .tiles small { color: var(--quiet); font-size: .8rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; align-items: flex-start; }
 figure { margin: 0; width: 20rem; max-width: 100%; } figcaption { font-size: .85rem; color: var(--quiet); }
 figcaption b { color: var(--ink); }
 svg { display: block; width: 100%; height: auto; overflow: visible; } svg text { font: 11px system-ui, sans-serif;
   fill: var(--quiet); }
-svg .bar { fill: var(--bar); } svg .bar:hover { fill: var(--mark); } svg .axis { stroke: var(--line); }
-svg .mark { stroke: var(--mark); stroke-dasharray: 4 3; } svg text.mark { fill: var(--mark); stroke: none; }
 svg .trace { fill: none; stroke: var(--bar); stroke-width: 1.2; } svg .wave { fill: var(--bar); }
 .share { display: grid; grid-template-columns: fit-content(11rem) 4.5rem max-content; gap: .15rem .8rem;
   font-size: .9rem; align-items: center; overflow-wrap: anywhere; }
@@ -76,15 +81,6 @@ svg .trace { fill: none; stroke: var(--bar); stroke-width: 1.2; } svg .wave { fi
 
 class Html(str):
     """Markup. Any other str is text."""
-
-
-@dataclass(frozen=True)
-class Bin:
-    """How many values lie in low <= value < high (the last bin holds its upper end)."""
-
-    low: float
-    high: float
-    count: int
 
 
 Node = Html | str | int | float | Iterable[Any] | None
@@ -111,16 +107,26 @@ def join(children: Node) -> Html:
     return Html("".join(join(child) for child in children))
 
 
-def page(title: str, *body: Node) -> str:
-    """A whole document."""
+def page(title: str, *body: Node, style: str = "", script: str = "") -> str:
+    """A whole document.
+
+    Args:
+        title: of the window.
+        body: what stands on it.
+        style: CSS of its pieces beyond the common one, such as `mmcontrast.charts.STYLE`.
+        script: JavaScript that adds to what can be read without it; never text that comes from data.
+    """
+    run = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{_POLICY}; script-src 'sha256-{run}'" if script else _POLICY
     head = [
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(_STYLE)),
+        tag("style", Html(_STYLE + style)),
     ]
-    return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", body), lang="en") + "\n"
+    last = tag("script", Html(script)) if script else None
+    return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", body, last), lang="en") + "\n"
 
 
 def number(value: float | None) -> str:
@@ -150,56 +156,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Node]]) -> Html:
     return tag("div", tag("table", top, tag("tbody", [line("td", row) for row in filled])), class_="wide")
 
 
+def tiles(facts: Iterable[tuple[str, Node, Node]]) -> Html:
+    """What matters most, large: what it is, its value, and a word on it."""
+    shown = [tag("div", tag("dt", name), tag("dd", tag("b", value), tag("small", note))) for name, value, note in facts]
+    return tag("dl", shown, class_="tiles")
+
+
 def finding(level: str, text: Node) -> Html:
     """One sentence with its weight: error, warning or note."""
     return tag("div", tag("b", level), tag("span", text), class_=f"finding {level}")
-
-
-def histogram(bins: Sequence[Bin], *, title: str, below: Node = None, marks: Mapping[str, float] | None = None) -> Html:
-    """Bars of equal width, one per bin, with the ends of the axis and dashed lines at `marks` (label -> value)."""
-    most = max((b.count for b in bins), default=0)
-    if not most:
-        return Html()
-    step, floor = _WIDTH / len(bins), _HEIGHT - _BOTTOM
-    parts: list[Node] = []
-    for i, b in enumerate(bins):
-        if b.count:
-            height = max(1.0, (floor - 14) * b.count / most)
-            shape = tag("title", f"{number(b.low)} to {number(b.high)}: {number(b.count)}")
-            parts.append(
-                tag(
-                    "rect",
-                    shape,
-                    class_="bar",
-                    x=f"{i * step:.2f}",
-                    y=f"{floor - height:.2f}",
-                    width=f"{max(step - 1, 0.5):.2f}",
-                    height=f"{height:.2f}",
-                )
-            )
-    parts.append(tag("line", class_="axis", x1=0, y1=floor, x2=_WIDTH, y2=floor))
-    for label, value in (marks or {}).items():
-        if bins[0].low <= value <= bins[-1].high:
-            x = _across(bins, value) * step
-            parts.append(tag("line", class_="mark", x1=f"{x:.2f}", y1=0, x2=f"{x:.2f}", y2=floor))
-            end = x > _WIDTH / 2
-            at = x - 4 if end else x + 4
-            parts.append(tag("text", label, class_="mark", x=f"{at:.2f}", y=9, text_anchor="end" if end else None))
-    ends = [(0.0, bins[0].low, "start"), (float(_WIDTH), bins[-1].high, "end")]
-    if len(bins) > 3:
-        ends.insert(1, (len(bins) // 2 * step, bins[len(bins) // 2].low, "middle"))
-    for x, value, anchor in ends:
-        parts.append(tag("text", number(float(f"{value:.3g}")), x=f"{x:.2f}", y=_HEIGHT - 4, text_anchor=anchor))
-    drawn = tag("svg", parts, view_box=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=f"histogram of {title}")
-    return tag("figure", tag("figcaption", tag("b", title), " ", below), drawn)
-
-
-def _across(bins: Sequence[Bin], value: float) -> float:
-    """Where a value lies, in bins from the left."""
-    for i, b in enumerate(bins):
-        if value < b.high:
-            return i + (value - b.low) / (b.high - b.low)
-    return float(len(bins))
 
 
 def shares(counts: Mapping[str, int], total: int) -> Html:

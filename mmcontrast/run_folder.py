@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
-from mmcontrast.checkpoint import Checkpoints, list_checkpoints, read_config, replace_text
+from mmcontrast.checkpoint import Checkpoints, list_checkpoints, read_config, read_state, replace_text
 from mmcontrast.config import ConfigError
 from mmcontrast.sharding import World
 
@@ -19,6 +25,8 @@ T = TypeVar("T")
 Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]
 """Tensors by file, and what is written beside them as JSON."""
 
+PACKAGES = ("mmcontrast", "torch", "accelerate", "numpy", "timm", "transformers", "open_clip_torch", "torchaudio")
+"""Whose versions are noted."""
 FREE = (
     *("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "not_finite", "max_not_finite"),
     *("block", "keep_bytes", "micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes", "health"),
@@ -39,6 +47,8 @@ class RunFolder:
     def open(self, config: Mapping[str, Any], save_assets: Callable[[Path], None]) -> Path | None:
         """Write `config.json` and the towers' assets, or check that the run in the folder has these settings.
 
+        A line of `starts.jsonl` notes the step, the time, and what the run goes on with.
+
         Returns:
             The newest whole checkpoint, or None.
 
@@ -49,7 +59,11 @@ class RunFolder:
 
         def work() -> Path | None:
             self._claim(config, save_assets)
-            return self.checkpoints.newest()
+            newest = self.checkpoints.newest()
+            step = 0 if newest is None else int(read_state(newest)["step"])
+            with open(self.path / "starts.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(start(step, self.world.size)) + "\n")
+            return newest
 
         return self._first(work)
 
@@ -139,6 +153,25 @@ class RunFolder:
         out.mkdir(parents=True, exist_ok=True)
         save_assets(out / "assets")
         replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def start(step: int, ranks: int) -> dict[str, Any]:
+    """When a run begins or goes on, and on what."""
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ranks": ranks,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -52,9 +52,11 @@ MAY = {
     "tables": {"config"},
     "processes": {"config"},
     "page": set[str](),
+    "charts": {"page", "charts"},
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
-    | {"parallel", "arguments", "page", "processes", "check"},
+    | {"parallel", "arguments", "page", "charts", "processes", "check"},
+    "report": {"config", "checkpoint", "page", "charts", "report"},
     "eval": LOW
     | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "geometry", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},

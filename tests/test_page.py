@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmcontrast.charts import Bin, histogram
 from mmcontrast.page import (
-    Bin,
     Html,
     card,
     cards,
     finding,
-    histogram,
     join,
     number,
     page,

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from shutil import which
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +16,11 @@ import uvicorn
 from PIL import Image
 
 from mmcontrast import load
+from tests import browser
+from tests.browser import needs_chromium
 from tests.served import HOSTILE, Served, b64, build, npy, series, wav
 
-webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := which(name))), None)
-DRIVER = which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium with its chromedriver")
+pytestmark = needs_chromium
 
 # Drops files as a person would, without a file on the disk.
 DROP = """
@@ -53,16 +51,9 @@ def address(served: Served) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"):
-        options.add_argument(f"--{argument}")
-    for argument in ("use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"):  # a microphone that beeps
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    # With a microphone that beeps.
+    with browser.chromium("use-fake-device-for-media-stream", "use-fake-ui-for-media-stream") as driver:
+        yield driver
 
 
 class Page:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmcontrast import decode
+from mmcontrast.charts import STYLE, histogram
 from mmcontrast.check.findings import cut, share_of, three
 from mmcontrast.check.measure import UNITS, series
 from mmcontrast.check.results import Evaluated, Modality, Place, Report
@@ -24,7 +25,6 @@ from mmcontrast.page import (
     card,
     cards,
     finding,
-    histogram,
     number,
     page,
     pair,
@@ -62,6 +62,7 @@ def shards_page(checked: Checked, *, samples: int) -> str:
         [_evaluation(checked, e) for e in r.evaluations if e.shared],
         _plan(r),
         _damage(r),
+        style=STYLE,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mmcontrast.page import Bin
+from mmcontrast.charts import Bin
 
 _BINS = 30
 _SPREAD = 30.0  # the largest over the least value, beyond which bins grow with their values
