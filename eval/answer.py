@@ -33,6 +33,7 @@ class Answer:
         language: of the prompts and captions.
         skipped: damaged samples that were left out: (shard, key, reason).
         against: another model, and metric -> this one's score less the other's.
+        source: where the samples are, if they have been opened.
     """
 
     dataset: str
@@ -42,6 +43,7 @@ class Answer:
     language: str | None = None
     skipped: Sequence[tuple[str, str, str]] = ()
     against: tuple[str, Mapping[str, Difference]] | None = None
+    source: Source | None = None
 
     def to_json(self) -> dict[str, Any]:
         """An object with CLIP_benchmark's keys, and more."""
@@ -113,7 +115,8 @@ def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str]) -> dict[
         except ConfigError as error:
             failed.append(f"{name}: {key} left out: {error}")
             continue
-        found[key] = Answer(name, asked, result, result.task, spec.config.language, data.skipped)
+        result = task.located(result, data)
+        found[key] = Answer(name, asked, result, result.task, spec.config.language, data.skipped, source=source)
     if not found:
         raise ConfigError("; ".join(failed))
     problems += failed

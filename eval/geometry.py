@@ -16,6 +16,7 @@ from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import Embedded
 from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.shown import plane
 from mmcontrast.eval.statistics import mean
 from mmcontrast.eval.task import EmbeddedTask, groups_of
 from mmcontrast.geometry import centroid_distance, effective_rank, spread
@@ -79,7 +80,8 @@ class Geometry(EmbeddedTask):
             {"matched_cosine": mean(matched.numpy()), "alignment": mean((2 - 2 * matched).numpy())},
             groups_of(data.meta, rows.tolist(), self.config.bootstrap_by),
         )
-        return Result("geometry", [items], facts=found, counts={"samples": len(rows)})
+        details = {"pair": [x, y], "plane": plane(data, x, y)}
+        return Result("geometry", [items], facts=found, counts={"samples": len(rows)}, details=details)
 
 
 def _separability(x: Tensor, y: Tensor) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,6 +83,26 @@ class Result:
             if metric.low is not None:
                 found |= {f"{name}_low": metric.low, f"{name}_high": metric.high}
         return found | {**self.chance, **{name: float(count) for name, count in self.counts.items()}}
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for a report that is drawn later."""
+        return {
+            "task": self.task,
+            "metrics": {name: list(metric) for name, metric in self.metrics.items()},
+            "chance": dict(self.chance),
+            "counts": dict(self.counts),
+            "warnings": list(self.warnings),
+            "details": dict(self.details),
+        }
+
+
+def chance_of(metric: str, known: Mapping[str, float]) -> float | None:
+    """What a random answer reaches of a metric, where results say so: `chance`, `WAY_chance@k` and so on."""
+    if metric in ("acc1", "mean_per_class_recall"):
+        return known.get("chance", known.get("chance@1"))
+    if match := re.fullmatch(r"(?:(.*_)?recall@|acc)(\d+)", metric):
+        return known.get(f"{match[1] or ''}chance@{match[2]}", known.get(f"chance@{match[2]}"))
+    return known.get(f"{metric}_chance")
 
 
 class Difference(NamedTuple):

@@ -6,8 +6,9 @@ Letters: n, m items of the two modalities, D dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import Embedded
 from mmcontrast.eval.ranks import Ranks, rank_both_ways
 from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.shown import gallery, items_of, plane
 from mmcontrast.eval.statistics import Statistic, chance_recall, mean, median
 from mmcontrast.eval.task import EmbeddedTask, fields_of, groups_of
 
@@ -88,7 +90,31 @@ class Retrieval(EmbeddedTask):
         counts = {"samples": len(rows)}
         if len(zx) > len(rows) or len(zy) > len(rows):
             counts |= {f"{x}_items": len(zx), f"{y}_items": len(zy)}
-        return Result("zeroshot_retrieval", items, chance=chance, counts=counts, renamed=clip_benchmark_names(c))
+        return Result(
+            "zeroshot_retrieval",
+            items,
+            chance=chance,
+            counts=counts,
+            renamed=clip_benchmark_names(c),
+            details=self._shown(data, places, {m: labels[owners[m]] for m in (x, y)}, found),
+        )
+
+    def _shown(
+        self,
+        data: Embedded,
+        places: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        found: tuple[Ranks, Ranks],
+    ) -> dict[str, Any]:
+        """Queries with their answers, both ways; and pairs in a plane."""
+        x, y = self.config.pair
+        z = {m: data.z[m][places[m]] for m in (x, y)}
+        items = {m: items_of(data, m, places[m]) for m in (x, y)}
+        galleries = [
+            {"from": a, "to": b} | gallery(z[a], z[b], labels[a], labels[b], ranks, items[a], items[b])
+            for a, b, ranks in ((x, y, found[0]), (y, x, found[1]))
+        ]
+        return {"pair": [x, y], "galleries": galleries, "plane": plane(data, x, y)}
 
     def _statistics(self, way: str, ranks: Ranks) -> dict[str, Statistic]:
         best = ranks.best.double().cpu().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Task(Configurable):
         """Metadata field such as patient: intervals are over its values instead of over single samples."""
 
     config: Any
+    last: Result | None = None
+    """What was answered last."""
 
     def answer(self, model: MultiEncoder) -> Result:
         """Ask the model.
@@ -39,7 +41,12 @@ class Task(Configurable):
 
     def run(self, model: MultiEncoder) -> dict[str, float | None]:
         """The numbers of `answer`, by name."""
-        return self.answer(model).flat()
+        self.last = self.answer(model)
+        return self.last.flat()
+
+    def details(self) -> dict[str, Any]:
+        """What `run` answered last, as plain values, for a report that is drawn later; empty before."""
+        return {} if self.last is None else self.last.to_json()
 
 
 class EmbeddedTask(Task):
@@ -59,7 +66,18 @@ class EmbeddedTask(Task):
 
     def answer(self, model: MultiEncoder) -> Result:
         """Embed the data and score it."""
-        return self.score(model, embed(model, self.config.data, modalities=self.modalities()))
+        data = embed(model, self.config.data, modalities=self.modalities())
+        return self.located(self.score(model, data), data)
+
+    def located(self, result: Result, data: Embedded) -> Result:
+        """The same, with what finds its samples again to show them."""
+        about = {
+            "names": list(self.config.data),
+            "fingerprint": data.fingerprint,
+            "modalities": list(self.modalities()),
+            "kinds": dict(data.kinds),
+        }
+        return replace(result, details={**result.details, "data": about})
 
 
 def fields_of(meta: Sequence[Mapping[str, Any]]) -> str:

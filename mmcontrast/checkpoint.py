@@ -2,7 +2,9 @@
 
     RUN/config.json             the resolved settings; can be passed instead of a recipe
     RUN/assets/MODALITY/        what a tower needs beside its weights (a tokenizer, say)
-    RUN/metrics.jsonl           one JSON object per line
+    RUN/metrics.jsonl           one JSON object per line; health.jsonl, what it said; starts.jsonl, on what it ran
+    RUN/evaluation.json         what the last evaluation told beside its numbers
+    RUN/report.html             all of it as a page (`mmcontrast report RUN`)
     RUN/step-000200/            model, objectives and optimizer as safetensors, state.json, manifest.json
     RUN/best.json               which step measured best, if the run was asked to keep it
 

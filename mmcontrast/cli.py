@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from mmcontrast.arguments import take_trust, write_json
+from mmcontrast.arguments import take_trust, write_json, write_text
 from mmcontrast.check.cli import check_grads, check_shards, grads_usage, shards_usage
 from mmcontrast.config import ConfigError, RunError
 from mmcontrast.data_prep.cli import prep, prep_usage
@@ -88,7 +88,6 @@ def report(runs: Positional[tuple[Path, ...]], out: Path | None = None, trust: t
         out: the page; by default report.html in the run folder, of several runs in this folder.
         trust: modules or .py files whose classes a run's config may name, to know their defaults.
     """
-    from mmcontrast.arguments import write_text
     from mmcontrast.report.page import run_page
 
     if not runs:
@@ -111,6 +110,7 @@ def evaluate(
     against: str | None = None,
     out: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    report: Path | None = None,
     trust: tuple[str, ...] = (),
 ) -> None:
     """Ask a model questions about data; without data, the questions that its recipe asks.
@@ -130,6 +130,7 @@ def evaluate(
         against: another model, asked the same and compared item by item.
         out: also write one JSON file per result into this folder, as `clip_benchmark build` takes them.
         json_file: also write all results here, one object per data set and task.
+        report: also write a page with charts, and samples to look at and to hear.
         trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.answer import answer, answer_again, write_answers
@@ -137,6 +138,7 @@ def evaluate(
     from mmcontrast.eval.report import as_table
     from mmcontrast.eval.spec import override, read_spec
 
+    problems: list[str] = []
     if not data:
         if against is not None:
             raise ConfigError("--against needs data: mmcontrast eval MODEL DATA… --against OTHER")
@@ -152,6 +154,11 @@ def evaluate(
     write_json(json_file, [a.to_json() for a in answers])
     if out is not None:
         write_answers(out, answers)
+    if report is not None:
+        from mmcontrast.eval.answers_page import answers_page
+
+        write_text(report, answers_page(answers, problems))
+        print(f"look at {report}", file=sys.stderr)
 
 
 def caption(

@@ -76,6 +76,7 @@ svg .trace { fill: none; stroke: var(--bar); stroke-width: 1.2; } svg .wave { fi
 .card .facts { color: var(--quiet); font-size: .78rem; white-space: pre-wrap; max-height: 9rem; overflow: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; } .pair img { height: 6rem; }
 .bad { color: var(--error); }
+@media (max-width: 30rem) { .cards { grid-template-columns: 1fr 1fr; gap: .5rem; } .card img { height: 7rem; } }
 """
 
 
@@ -209,7 +210,7 @@ def picture(pixels: NDArray[np.uint8], *, alt: str, side: int = 240) -> Html:
     drawn.thumbnail((side, side))
     file = io.BytesIO()
     drawn.save(file, "WEBP", quality=80)
-    return tag("img", src=_uri("image/webp", file.getvalue()), alt=alt, loading="lazy")
+    return tag("img", src=_uri("image/webp", file.getvalue()), alt=alt, decoding="async")
 
 
 def sound(samples: NDArray[np.float32], rate: int) -> Html:
@@ -233,19 +234,27 @@ def waveform(samples: NDArray[np.float32], *, columns: int = 160) -> Html:
     )
 
 
-def traces(values: NDArray[np.float32], *, most: int = 12, points: int = 400) -> Html:
-    """[C, T] as lines above each other, each scaled to itself; the first `most` channels, at most `points` of each."""
-    shown = values[:most, :: max(1, -(-values.shape[1] // points))]
+def traces(values: NDArray[np.float32], *, names: Sequence[str] = (), most: int = 12, points: int = 400) -> Html:
+    """[C, T] as lines above each other, each scaled to itself; the first `most` channels.
+
+    Of more than `points` samples the least and the greatest of each column are drawn, so that no peak is lost.
+    """
     height, lines = 26, list[Node]()
-    for i, line in enumerate(shown):
+    for i, line in enumerate(values[:most]):
         finite = np.nan_to_num(line.astype(np.float64))
-        low, high = float(finite.min()), float(finite.max())
+        x = np.linspace(0, _WIDTH, len(finite)) if len(finite) > 1 else np.zeros(len(finite))
+        if len(finite) > points:
+            starts = np.linspace(0, len(finite), points // 2 + 1).astype(np.int64)[:-1]
+            ends = [f.reduceat(finite, starts) for f in (np.minimum, np.maximum)]
+            finite, x = np.stack(ends, 1).ravel(), np.repeat(x[starts], 2)
+        low, high = float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
         y = height * (i + 0.9 - 0.8 * (finite - low) / max(high - low, 1e-12))
-        x = np.linspace(0, _WIDTH, len(line)) if len(line) > 1 else np.zeros(1)
-        lines.append(
-            tag("path", class_="trace", d="M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True)))
-        )
-    return tag("svg", lines, view_box=f"0 0 {_WIDTH} {height * len(shown)}", role="img", aria_label="signal")
+        drawn = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
+        lines.append(tag("path", class_="trace", d=drawn))
+        lines.append(tag("text", names[i][:8], x=1, y=height * i + 9) if i < len(names) else None)
+    height *= min(len(values), most)
+    said = f"signal of {len(values)} channels"
+    return tag("svg", lines, view_box=f"0 0 {_WIDTH} {height}", role="img", aria_label=said, class_="traces")
 
 
 def wav(samples: NDArray[np.float32], rate: int) -> bytes:

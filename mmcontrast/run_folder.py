@@ -91,6 +91,25 @@ class RunFolder:
         """
         self._first(lambda: self.checkpoints.mark_best(step, values))
 
+    def write_details(self, step: int, evaluators: Mapping[str, Any], *, averaged: bool) -> None:
+        """Keep what evaluators tell beside their numbers, of those that have `details`, for a report.
+
+        Args:
+            step: how many steps are done.
+            evaluators: name -> evaluator that has just answered.
+            averaged: whether it answered last of the averaged weights.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+        def work() -> None:
+            told = {name: e.details() for name, e in evaluators.items() if hasattr(e, "details")}
+            content = {"step": step, "averaged": averaged, "answers": told}
+            replace_text(self.path / "evaluation.json", json.dumps(content) + "\n")
+
+        self._first(work)
+
     def write_average(
         self, step: int, model: Mapping[str, Any], save_assets: Callable[[Path], None], tensors: Mapping[str, Tensor]
     ) -> None:

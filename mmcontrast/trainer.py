@@ -64,7 +64,10 @@ class Agreed(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """A question asked of the model while it trains."""
+    """A question asked of the model while it trains.
+
+    If it also has `details()`, plain values of its last answer, they are kept in `RUN/evaluation.json` for the report.
+    """
 
     def run(self, model: MultiEncoder) -> Mapping[str, float | None]:
         """Name -> value."""
@@ -266,6 +269,7 @@ class Trainer(Configurable):
                         self.pulse.enter("evaluate", step)
                         found = self._evaluate()
                         progress.write(step + 1, found)
+                        self.folder.write_details(step + 1, self.evaluators, averaged=self.ema is not None)
                         if self.folder.improved(found):
                             if not saved:
                                 self._save(step + 1)

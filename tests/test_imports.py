@@ -56,9 +56,10 @@ MAY = {
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
     | {"parallel", "arguments", "page", "charts", "processes", "check"},
-    "report": {"config", "checkpoint", "page", "charts", "report"},
+    "report": {"config", "checkpoint", "page", "charts", "eval", "report"},
     "eval": LOW
-    | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "geometry", "eval"},
+    | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "charts", "geometry"}
+    | {"eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},
     "quickstart": {"config"},
 }

@@ -113,4 +113,4 @@ def heat(counts: Sequence[Sequence[int]], names: Sequence[str], *, title: str, a
     said = f"{n} classes; rows are right answers, columns what was answered"
     view = (int(width), int(height))
     shown = figure(title, tag("span", about), [rim, parts], None, said=said, numbers=None, view=view)
-    return tag("div", shown, style=f"max-width:{max(24, width / 13):.0f}rem")
+    return tag("div", shown, class_="heat wide", style=f"max-width:{max(26, width / 13):.0f}rem")

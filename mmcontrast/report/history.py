@@ -107,6 +107,7 @@ class History:
         notices: what its health said.
         starts: what it ran on, at each start.
         checkpoints: step -> bytes.
+        evaluation: what the newest evaluation told beside its numbers.
         best: which step measured best, if that was asked for.
         step: the newest that it has written of.
         lines: of metrics.jsonl that could be read.
@@ -122,6 +123,7 @@ class History:
     notices: list[Notice] = field(default_factory=list[Notice])
     starts: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     checkpoints: dict[int, int] = field(default_factory=dict[int, int])
+    evaluation: Mapping[str, Any] = field(default_factory=dict[str, Any])
     best: Mapping[str, Any] | None = None
     step: int = 0
     lines: int = 0
@@ -151,7 +153,7 @@ def read_history(folder: Path) -> History:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise ConfigError(f"{folder} holds no metrics.jsonl: it is no run folder, or its run has not logged a step yet")
-    found = History(folder, config=_object(folder / "config.json"))
+    found = History(folder, config=_object(folder / "config.json"), evaluation=_object(folder / "evaluation.json"))
     for line in _lines(metrics, found):
         _take(found, line)
     if not found.lines:

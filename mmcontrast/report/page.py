@@ -5,26 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from mmcontrast.charts import SCRIPT, STYLE
 from mmcontrast.config import ConfigError
+from mmcontrast.eval.answers_page import EXTRA, draw, shown_again
+from mmcontrast.eval.result import chance_of
 from mmcontrast.page import Html, Node, finding, number, page, percent, section, table, tag, tiles
 from mmcontrast.report.history import History, read_history
 from mmcontrast.report.measures import GEOMETRY, LEARNING, SPEED, charts, other_charts
-from mmcontrast.report.scores import chance_of, questions, scores, words
+from mmcontrast.report.scores import questions, scores, words
 from mmcontrast.report.settings import settings
 
 MOST_RUNS = 8
 """Runs beside each other: as many as there are colours."""
 
 
-def run_page(folders: Sequence[Path], *, trust: Collection[str] = (), details: Node = None) -> str:
+def run_page(folders: Sequence[Path], *, trust: Collection[str] = ()) -> str:
     """The page of a run, or of up to eight; one that is going on or was killed is shown as far as it came.
 
     Args:
         folders: of the runs.
         trust: modules or .py files whose classes a run's settings may name.
-        details: what else is known of the newest evaluation of a single run.
 
     Raises:
         ConfigError: no run folder, none that was logged, or more than eight.
@@ -46,13 +48,13 @@ def run_page(folders: Sequence[Path], *, trust: Collection[str] = (), details: N
         _drawn("Embeddings", charts(runs, GEOMETRY), "Of up to 512 rows of a batch, now and then."),
         _drawn("Speed and memory", charts(runs, SPEED)),
         _drawn("Further numbers", others, more),
-        details,
+        _answers(next(iter(runs.values()))) if len(runs) == 1 else None,
         _data(runs),
         _settings(runs, trust),
         _checkpoints(runs),
         _starts(runs),
     ]
-    return page(title, body, style=STYLE, script=SCRIPT)
+    return page(title, body, style=STYLE + EXTRA, script=SCRIPT)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -171,6 +173,19 @@ def _health(runs: Mapping[str, History]) -> Html:
     quiet = tag("p", "Nothing to find fault with.")
     note = tag("p", "The numbers stand on the charts, where they were said.", class_="quiet")
     return section("Health", found or quiet, note if any(r.notices for r in runs.values()) and len(runs) == 1 else None)
+
+
+def _answers(run: History) -> Node:
+    """What the newest evaluation told beside its numbers."""
+    answers = run.evaluation.get("answers")
+    if not isinstance(answers, dict):
+        return None
+    step, averaged = run.evaluation.get("step"), run.evaluation.get("averaged")
+    at = f"step {number(step)}{', averaged weights' if averaged else ''}" if isinstance(step, int) else "newest"
+    listed = cast(dict[str, Any], answers).items()
+    return [
+        draw(shown_again(f"{name}, {at}", result)) for name, result in listed if isinstance(result, dict) and result
+    ]
 
 
 def _data(runs: Mapping[str, History]) -> Node:

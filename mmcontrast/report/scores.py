@@ -7,21 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mmcontrast.charts import Bar, Line, bars, line_chart
+from mmcontrast.eval.result import chance_of
 from mmcontrast.page import Html, Node, number, section, table, tag
 from mmcontrast.report.history import History
 from mmcontrast.report.measures import colours, line_of
 
 _ENDS = ("_low", "_high")
 _COUNTS = ("classes", "samples", "queries", "candidates", "pairs", "items", "positives", "labels")
-
-
-def chance_of(metric: str, known: Mapping[str, float]) -> float | None:
-    """What a random answer reaches of a metric, where results say so: `chance`, `chance@k` or `WAY_chance@k`."""
-    if metric in ("acc1", "mean_per_class_recall"):
-        return known.get("chance")
-    if match := re.fullmatch(r"(.*_)?recall@(\d+)", metric):
-        return known.get(f"{match[1] or ''}chance@{match[2]}", known.get(f"chance@{match[2]}"))
-    return known.get(f"{metric}_chance")
 
 
 @dataclass(frozen=True)
