@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import pickle
-import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,162 +20,36 @@ import torch
 
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
-from mmcontrast.data import Stream
-from mmcontrast.data.ahead import Ahead
 from mmcontrast.data_prep import index as prep_index
-from mmcontrast.encoders.base import Transform
 from mmcontrast.manifest import MANIFEST, find_shards
 from mmcontrast.remote import Address, Patience
-from mmcontrast.shard_cache import BYTES_VARIABLE, FOLDER_VARIABLE, Cache
-from mmcontrast.shard_writer import Sample, ShardWriter
+from mmcontrast.shard_cache import Cache
 from mmcontrast.shards import ShardSet, open_shards
-
-QUICK = Patience(attempts=3, timeout=0.5, pause=0.001)
-
-
-# -------------------------------------------------------------------------------------------- the server
-
-
-@dataclass
-class Asked:
-    """One request and its answer."""
-
-    path: str
-    range: str | None
-    if_range: str | None
-    status: int = 0
-
-
-@dataclass
-class Site:
-    """Files by path; `faults` are used up one per request of their path."""
-
-    files: dict[str, bytes] = field(default_factory=dict[str, bytes])
-    faults: dict[str, list[Callable[[Any], bool]]] = field(default_factory=dict[str, list[Callable[[Any], bool]]])
-    asked: list[Asked] = field(default_factory=list[Asked])
-    validators: bool = True
-    ranges: bool = True
-    url: str = ""
-
-    def put(self, folder: Path, at: str = "/data") -> str:
-        for path in folder.iterdir():
-            self.files[f"{at}/{path.name}"] = path.read_bytes()
-        return self.url + at
-
-    def of(self, end: str) -> list[Asked]:
-        return [a for a in self.asked if a.path.partition("?")[0].endswith(end)]
-
-
-def serve(site: Site) -> ThreadingHTTPServer:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-            pass
-
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            self.entry = Asked(self.path, self.headers.get("Range"), self.headers.get("If-Range"))
-            site.asked.append(self.entry)
-            faults = site.faults.get(path, [])
-            if faults and faults.pop(0)(self):
-                return
-            data = site.files.get(path)
-            if data is None:
-                self.answer(404, b"there is none")
-            else:
-                self.send_file(data)
-
-        def send_file(self, data: bytes, *, length: int | None = None, cut: int | None = None) -> None:
-            """The file or the range asked for; `length` lies about it, `cut` ends the connection after so many."""
-            tag = f'"{hashlib.sha256(data).hexdigest()[:12]}"'
-            first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) if site.ranges else None
-            start = int(first[1]) if first else 0
-            headers = {"ETag": tag} if site.validators else {}
-            if first and self.headers.get("If-Range", tag) == tag:
-                if start >= len(data):
-                    return self.answer(416, b"")
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                return self.answer(206, data[start:], headers, length, cut)
-            return self.answer(200, data, headers, length, cut)
-
-        def answer(
-            self, status: int, body: bytes, headers: Any = None, length: int | None = None, cut: int | None = None
-        ) -> None:
-            self.entry.status = status
-            self.send_response(status)
-            for name, value in ({"Content-Length": len(body) if length is None else length} | (headers or {})).items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(body[:cut])
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    site.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    return server
-
-
-def status(code: int, **headers: str) -> Callable[[Any], bool]:
-    def fault(handler: Any) -> bool:
-        handler.answer(code, b"", {name.replace("_", "-"): value for name, value in headers.items()})
-        return True
-
-    return fault
-
-
-def cut(site: Site, path: str, after: int) -> Callable[[Any], bool]:
-    """Ends the connection after so many bytes of the body."""
-
-    def fault(handler: Any) -> bool:
-        handler.send_file(site.files[path], cut=after)
-        return True
-
-    return fault
-
-
-def instead(data: bytes, **options: Any) -> Callable[[Any], bool]:
-    """Another content, for once."""
-
-    def fault(handler: Any) -> bool:
-        handler.send_file(data, **options)
-        return True
-
-    return fault
-
-
-def late(seconds: float) -> Callable[[Any], bool]:
-    def fault(_: Any) -> bool:
-        time.sleep(seconds)
-        return False
-
-    return fault
+from tests.web import (
+    QUICK,
+    Site,
+    cut,
+    empty_cache,
+    everything,
+    instead,
+    keys_of,
+    late,
+    serving,
+    status,
+    times,
+    written,
+)
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    found = Site()
-    server = serve(found)
-    yield found
-    server.shutdown()
-    server.server_close()
+    with serving(monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
-    return Cache(tmp_path / "cache", patience=QUICK)
-
-
-def written(out: Path, count: int = 12, *, per_shard: int = 4, mark: str = "") -> Path:
-    with ShardWriter(out, max_samples=per_shard) as writer:
-        for i in range(count):
-            text = f"caption {i} {mark}".ljust(5000, ".")
-            writer.write(Sample(f"{i:06d}", {"txt": text, "json": {"number": i}}))
-    return out
-
-
-def everything(shards: ShardSet, order: Sequence[int] | None = None) -> dict[tuple[str, str], dict[str, bytes]]:
-    return {shards.name(i): {e: shards.read(i, e) for e in shards.extensions(i)} for i in order or range(len(shards))}
+    return empty_cache(tmp_path, monkeypatch)
 
 
 # -------------------------------------------------------------------------------------------- the same as the local set
@@ -205,13 +73,6 @@ def test_remote_samples_are_those_of_the_local_set(tmp_path: Path, site: Site, c
     assert [a.path for a in site.asked[asked:]] == [f"/data/{MANIFEST}"], "what is in the cache is not asked for again"
     part = open_shards([f"{address}/00001.tar"], cache=cache)
     assert everything(part) == everything(local, range(4, 8))
-
-
-def times(site: Site, end: str) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for a in site.of(end):
-        found[a.path.removesuffix(end)] = found.get(a.path.removesuffix(end), 0) + 1
-    return found
 
 
 def test_a_set_travels_to_another_process(tmp_path: Path, site: Site, cache: Cache) -> None:
@@ -476,194 +337,6 @@ def test_a_body_without_a_length_is_whole_only_if_the_manifest_says_so(
         cache.open(Address(f"{address}/00000.tar"), "anything")
 
 
-# -------------------------------------------------------------------------------------------- the cache
-
-
-def test_data_sets_of_one_base_name_do_not_mix(tmp_path: Path, site: Site, cache: Cache) -> None:
-    """Equal in length too, and once on one path and with other queries."""
-    sets = {at: site.put(written(tmp_path / at, mark=at), f"/{at}") for at in ("one", "two")}
-    for _ in range(2):
-        for at, address in sets.items():
-            found = everything(open_shards([address], cache=cache))
-            assert len(found) == 12 and all(f" {at}." in m["txt"].decode() for m in found.values())
-    assert len(site.of("00000.tar")) == 2
-    site.put(tmp_path / "two", "/one")  # another state under the old address
-    found = everything(open_shards([sets["one"]], cache=cache))
-    assert all(" two." in m["txt"].decode() for m in found.values())
-
-
-def used(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*.data")) + sum(p.stat().st_size for p in folder.glob("*.part"))
-
-
-def test_the_cache_stays_within_its_limit(tmp_path: Path, site: Site, cache: Cache) -> None:
-    local = open_shards([str(written(tmp_path / "data", 24, per_shard=2))])  # 12 shards
-    address = site.put(tmp_path / "data")
-    size = max(s.bytes for s in local.shards)
-    small = replace(cache, limit=4 * size)
-    remote = open_shards([address], cache=small)
-    want = everything(local)
-    for _ in range(3):
-        for i in range(24):
-            assert remote.read(i, "txt") == want[local.name(i)]["txt"]
-            assert used(small.folder) <= small.limit
-    assert len(site.of(".tar")) >= 24, "more shards than fit must have gone and come back"
-    # The least recently used one goes: what is read in turn with others stays.
-    before = len(site.of("00000.tar"))
-    for shard in range(1, 12):
-        for at in (0, shard):
-            assert remote.read(2 * at, "txt") == want[local.name(2 * at)]["txt"]
-    assert len(site.of("00000.tar")) <= before + 1
-    with pytest.raises(ConfigError, match=rf"has \d+ bytes, the cache holds 1000; raise {BYTES_VARIABLE}"):
-        open_shards([address], cache=replace(cache, limit=1000, folder=tmp_path / "tiny")).read(0, "txt")
-
-
-@pytest.mark.parametrize("found", [False, True], ids=["brought", "found in the cache"])
-def test_a_shard_that_is_read_stays(tmp_path: Path, site: Site, cache: Cache, found: bool) -> None:
-    local = open_shards([str(written(tmp_path / "data", 24, per_shard=2))])
-    address = site.put(tmp_path / "data")
-    small = replace(cache, limit=3 * max(s.bytes for s in local.shards))
-    if found:
-        open_shards([address], cache=small).read(0, "txt")
-    holder, other = open_shards([address], cache=small), open_shards([address], cache=small)
-    assert holder.read(0, "txt") == local.read(0, "txt")
-    first = cache.path(Address(f"{address}/00000.tar"), hashlib.sha256(site.files["/data/00000.tar"]).hexdigest())
-    for i in range(2, 24):
-        other.read(i, "txt")
-        assert first.exists() and used(small.folder) <= small.limit
-        assert holder.read(1, "txt") == local.read(1, "txt")
-    assert len(site.of("00000.tar")) == 1
-    del holder
-    for i in range(2, 24):
-        other.read(i, "txt")
-    assert not first.exists(), "what nobody reads must make room"
-
-
-def test_a_part_that_nobody_brings_any_more_makes_room(tmp_path: Path, site: Site, cache: Cache) -> None:
-    local = open_shards([str(written(tmp_path / "data", 8, per_shard=2))])
-    address = site.put(tmp_path / "data")
-    small = replace(cache, limit=2 * max(s.bytes for s in local.shards) + 2000)
-    path = "/data/00000.tar"
-    site.faults[path] = [cut(site, path, 9000)] + [status(503)] * 2
-    with pytest.raises(ConfigError):
-        open_shards([address], cache=small).read(0, "txt")
-    assert list(small.folder.glob("*.part"))
-    remote = open_shards([address], cache=small)
-    for i in range(2, 8):
-        remote.read(i, "txt")
-        assert used(small.folder) <= small.limit
-    assert not list(small.folder.glob("*.part")) and not list(small.folder.glob("*.json"))
-
-
-def test_a_file_that_another_hand_cut_is_brought_again(tmp_path: Path, site: Site, cache: Cache) -> None:
-    local = open_shards([str(written(tmp_path / "data", 4))])
-    address = site.put(tmp_path / "data")
-    assert everything(open_shards([address], cache=cache)) == everything(local)
-    for path in cache.folder.glob("*.data"):
-        os.truncate(path, 100)
-    assert everything(open_shards([address], cache=cache)) == everything(local)
-
-
-def test_a_cache_that_cannot_be_is_named(
-    tmp_path: Path, site: Site, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address = site.put(written(tmp_path / "data", 4))
-    (tmp_path / "file").write_text("x")
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=f"the cache {tmp_path}/file cannot hold .*{FOLDER_VARIABLE}"):
-        open_shards([address]).read(0, "txt")
-    for wrong in ("50GB", "-1", "0", "1.5", "²"):
-        monkeypatch.setenv(BYTES_VARIABLE, wrong)
-        with pytest.raises(ConfigError, match=f"{BYTES_VARIABLE} is '{re.escape(wrong)}'; give a number of bytes"):
-            open_shards([address])
-    monkeypatch.setenv(BYTES_VARIABLE, "123456789")
-    assert Cache.from_environment() == Cache(tmp_path / "file", 123456789)
-    monkeypatch.delenv(FOLDER_VARIABLE)
-    monkeypatch.delenv(BYTES_VARIABLE)
-    assert Cache.from_environment() == Cache(Path.home() / ".cache/mmcontrast/shards", 50_000_000_000)
-
-
-def read_all(address: str, cache: Cache, gate: Any, answer: Any) -> None:
-    gate.wait()
-    shards = open_shards([address], cache=cache)
-    answer.put([hashlib.sha256(shards.read(i, "txt")).hexdigest() for i in range(len(shards))])
-
-
-def started(target: Any, *args: Any) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
-
-
-@pytest.mark.timeout(60)
-def test_processes_that_want_one_shard_bring_it_once(tmp_path: Path, site: Site, cache: Cache) -> None:
-    local = open_shards([str(written(tmp_path / "data"))])
-    address = site.put(tmp_path / "data")
-    for name in ("00000.tar", "00001.tar"):
-        site.faults[f"/data/{name}"] = [late(0.2)]  # time enough to ask twice
-    context = multiprocessing.get_context("fork")
-    gate, answer = context.Barrier(3), context.SimpleQueue()
-    patient = replace(cache, patience=replace(QUICK, timeout=5))
-    processes = [started(read_all, address, patient, gate, answer) for _ in range(3)]
-    want = [hashlib.sha256(local.read(i, "txt")).hexdigest() for i in range(12)]
-    assert [answer.get() for _ in processes] == [want] * 3
-    for process in processes:
-        process.join(10)
-    assert times(site, ".tar") == times(site, ".index.json") == {f"/data/{i:05d}": 1 for i in range(3)}
-
-
-def test_who_waits_for_a_shard_has_it_while_the_one_that_brought_it_reads(
-    tmp_path: Path, site: Site, cache: Cache
-) -> None:
-    address = Address(site.put(written(tmp_path / "data", 4)) + "/00000.tar")
-    site.faults["/data/00000.tar"] = [late(0.3)]
-    found: list[int] = []
-
-    def read() -> None:
-        found.append(replace(cache, patience=replace(QUICK, timeout=5)).open(address, "it"))
-
-    threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert len(found) == 3, "one waits for the other to close what it reads"
-    assert len({os.fstat(file).st_ino for file in found}) == 1 and times(site, ".tar") == {"/data/00000": 1}
-    for file in found:
-        os.close(file)
-
-
-@pytest.mark.timeout(60)
-def test_a_killed_process_leaves_its_part_to_the_next(tmp_path: Path, site: Site, cache: Cache) -> None:
-    local = open_shards([str(written(tmp_path / "data", 4))])
-    address = site.put(tmp_path / "data")
-    path = "/data/00000.tar"
-    arrived = threading.Event()
-
-    def stuck(handler: Any) -> bool:
-        data = site.files[path]
-        handler.answer(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()[:12]}"'}, cut=9000)
-        handler.wfile.flush()
-        while not [p for p in cache.folder.glob("*.part") if p.stat().st_size]:
-            time.sleep(0.01)
-        arrived.set()
-        time.sleep(1)
-        return True
-
-    site.faults[path] = [stuck]
-    context = multiprocessing.get_context("fork")
-    patient = replace(cache, patience=replace(QUICK, timeout=30))
-    victim = started(read_all, address, patient, context.Barrier(1), context.SimpleQueue())
-    assert arrived.wait(20)
-    victim.kill()
-    victim.join(10)
-    (part,) = cache.folder.glob("*.part")
-    have = part.stat().st_size
-    assert 0 < have <= 9000
-    assert everything(open_shards([address], cache=cache)) == everything(local)
-    assert [a.range for a in site.of("00000.tar")] == [None, f"bytes={have}-"]
-
-
 # -------------------------------------------------------------------------------------------- indexing from afar
 
 
@@ -789,24 +462,6 @@ def test_a_local_file_address_is_a_path(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- training
 
 
-class Length(Transform):
-    """Text -> its length."""
-
-    kind = "text"
-
-    def __call__(self, value: str) -> int:
-        return len(value)
-
-    def collate(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values)
-
-
-def keys_of(shards: str, workers: int, first: int = 0) -> list[list[str]]:
-    config = Stream.Config(shards=(shards,), workers=workers, window=8)
-    stream = config.build({"text": Length()}, seed=3, global_batch=4)
-    return [list(batch.keys) for batch in stream.batches(first, 9)]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_over_the_network_sees_the_keys_of_the_local_run(
     tmp_path: Path, site: Site, cache: Cache, workers: int
@@ -831,68 +486,3 @@ def test_a_shard_that_is_gone_ends_a_run_with_one_sentence(
     with pytest.raises(ConfigError, match=rf"{address}/00001.tar cannot be read: HTTP 404") as caught:
         keys_of(address, workers)
     assert "Traceback" not in str(caught.value)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def tars_asked_for(site: Site) -> set[str]:
-    return {a.path for a in site.of(".tar")}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_shards_come_while_the_first_are_read(tmp_path: Path, site: Site, cache: Cache, workers: int) -> None:
-    address = site.put(written(tmp_path / "data", 24))  # 6 shards, 2 of them in each window
-    stream = Stream.Config(shards=(address,), workers=workers, window=8).build(
-        {"text": Length()}, seed=3, global_batch=4
-    )
-    order = stream.sources[0].order
-    first, second, third = ({f"/data/{s:05d}.tar" for s in order.window_shards(0, turn)} for turn in (0, 8, 16))
-    found = stream.batches(0, 6 if not workers else 2)
-    next(found)
-    wait_for(lambda: tars_asked_for(site) == first | second)
-    if not workers:
-        next(found)
-        assert tars_asked_for(site) == first | second
-        next(found)
-        wait_for(lambda: tars_asked_for(site) == first | second | third)
-    found.close()
-
-
-def test_a_cache_without_room_for_two_windows_brings_one(tmp_path: Path, site: Site, cache: Cache) -> None:
-    folder = written(tmp_path / "data", 24)
-    sources = (
-        Stream.Config(shards=(site.put(folder),), window=4).build({"text": Length()}, seed=3, global_batch=4).sources
-    )
-    shards = sources[0].shards
-    first, second = (sources[0].order.window_shards(0, turn)[0] for turn in (0, 4))
-    largest = max(shard.bytes for shard in shards.shards)
-    for limit, want in ((3 * largest, {first}), (4 * largest + 1, {first, second})):
-        site.asked.clear()
-        shards.cache = replace(cache, limit=limit, folder=tmp_path / str(limit))
-        for shard in shards.shards:
-            object.__setattr__(shard.open, "cache", shards.cache)
-        ahead = Ahead(sources, lanes=1)
-        ahead.notice([(0, 0, 0), (0, 0, 1), (0, 0, 2)])
-        wait_for(lambda want=want: tars_asked_for(site) >= {f"/data/{s:05d}.tar" for s in want})
-        time.sleep(0.1)
-        ahead.close()
-        assert tars_asked_for(site) == {f"/data/{s:05d}.tar" for s in want}
-
-
-def test_a_window_that_the_cache_cannot_hold_is_refused(
-    tmp_path: Path, site: Site, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = written(tmp_path / "data", 24)
-    address = site.put(folder)
-    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    config = Stream.Config(shards=(address,), window=12)
-    monkeypatch.setenv(BYTES_VARIABLE, str(size // 2))
-    with pytest.raises(ConfigError, match=rf"draws from [\d.e-]+ GB of remote .* raise {BYTES_VARIABLE}, or lower"):
-        config.build({"text": Length()}, seed=3, global_batch=4)
-    monkeypatch.setenv(BYTES_VARIABLE, str(size))
-    config.build({"text": Length()}, seed=3, global_batch=4)
