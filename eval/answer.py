@@ -96,7 +96,7 @@ def answer(models: Sequence[Asked], specs: Sequence[Spec.Config]) -> tuple[list[
 
 def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str]) -> dict[str, Answer]:
     model, name = asked.model, spec.config.name
-    tasks = spec.questions(model, source, asked.scale_of)
+    tasks = spec.questions(model, source, asked.training)
     wanted = list(dict.fromkeys(m for task in tasks.values() for m in task.modalities()))
     # Without those that no sample has: pictures with labels alone can still be classified.
     there = [m for m in wanted if has(source, model, m)]

@@ -5,6 +5,7 @@ Letters: q queries, n candidates, D dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,11 +20,11 @@ from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import Items, Result
-from mmcontrast.eval.statistics import chance_recall, mean
-from mmcontrast.eval.task import Task, fields_of, groups_of
+from mmcontrast.eval.statistics import chance_recall, mean, median
+from mmcontrast.eval.task import EmbeddedTask, fields_of, groups_of
 
 
-class Joint(Task):
+class Joint(EmbeddedTask):
     """Accuracy of the nearest candidates, given all other modalities (Saporta et al. 2024, arXiv:2411.01053, sec. 5).
 
     The score "product" is Symile's: the inner product of a candidate with the elementwise product of the known
@@ -31,7 +32,7 @@ class Joint(Task):
     """
 
     @dataclass(kw_only=True)
-    class Config(Task.Config):
+    class Config(EmbeddedTask.Config):
         """What is asked, of which data."""
 
         compose: Compose.Config = field(default_factory=Compose.Config)
@@ -46,6 +47,8 @@ class Joint(Task):
         """Metadata field: candidates with the query's value are right; None takes the query's own sample alone."""
         draws: int = 1
         """Queries per sample, where examples are composed: each another draw, the same ones whenever asked."""
+        k: tuple[int, ...] = (1, 5)
+        """Ranks at which accuracy is counted."""
 
     config: Config
 
@@ -54,21 +57,42 @@ class Joint(Task):
             raise ConfigError(f"joint draws is {config.draws}; it must be at least 1")
         if not config.known or config.candidate in config.known:
             raise ConfigError(f"joint known is {config.known}; name modalities other than {config.candidate!r}")
+        if not config.k or min(config.k) < 1:
+            raise ConfigError(f"joint k is {config.k}; name ranks of at least 1")
         self.config = config
 
+    def modalities(self) -> Sequence[str]:
+        """What is looked for, and what is given."""
+        return [self.config.candidate, *self.config.known]
+
     def answer(self, model: MultiEncoder) -> Result:
-        """Embed the candidates once and the queries `draws` times; the result of `score`."""
+        """Embed the candidates once and the queries `draws` times; the result of `between`."""
         c = self.config
         candidates = embed(model, c.data, modalities=[c.candidate], compose=c.compose)
         draws = range(c.draws)
-        return self.score(
+        return self.between(
             candidates, [embed(model, c.data, modalities=c.known, compose=c.compose, draw=d) for d in draws]
         )
 
-    def score(self, candidates: Embedded, queries: Sequence[Embedded]) -> Result:
-        """acc1 and acc5 over samples, what chance reaches, and what is known of the data.
+    def score(self, model: MultiEncoder, data: Embedded) -> Result:
+        """Samples as they are: each is a query for the candidates of all.
 
-        A wrong candidate that ties with the best right one stands before it, so equal embeddings do not score.
+        Raises:
+            ConfigError: examples are to be composed, which `answer` does.
+        """
+        if self.config.draws > 1 or self.config.compose != Compose.Config():
+            raise ConfigError("joint: examples can be composed by the evaluators of a recipe only")
+        return self.between(data, [data])
+
+    def between(self, candidates: Embedded, queries: Sequence[Embedded]) -> Result:
+        """Over samples, see below; what chance reaches; and what is known of the data.
+
+        - acc1, acc5: a right candidate is among so many nearest; acc1%: among the nearest hundredth.
+        - median_rank of the best right candidate, from 1; map@10: mean average precision at 10.
+
+        Of a sample that is drawn several times all are means over its draws. Of a modality that a sample has several
+        times, such as captions, a query takes the first. A wrong candidate that ties with the best right one stands
+        before it, so equal embeddings do not score.
 
         Raises:
             ConfigError: no candidate, no sample with all that is known, or none with the label.
@@ -81,6 +105,7 @@ class Joint(Task):
         right = torch.tensor([numbers[name] for name in wanted])  # [n]
         counts = np.bincount(right.numpy())
         ranks: dict[str, list[int]] = {}  # a sample -> of each of its draws
+        precisions: dict[str, list[float]] = {}
         named: dict[str, Mapping[str, Any]] = {}
         positives: list[int] = []
         for draw in queries:
@@ -92,21 +117,28 @@ class Joint(Task):
                 continue
             found = rank(_bring_together(z, c.score)[asked], candidates.z[c.candidate], labels, right)
             positives += counts[labels.numpy()].tolist()
-            for i, place in zip(asked, found.best.tolist(), strict=True):
+            for i, place, precision in zip(asked, found.best.tolist(), found.average_precision.tolist(), strict=True):
                 row = int(rows[i])
                 (name,) = draw.names_of(rows[i : i + 1])
                 named[name] = draw.meta[row]
                 ranks.setdefault(name, []).append(place)
+                precisions.setdefault(name, []).append(precision)
         if not ranks:
             raise ConfigError(f"no sample has all of {', '.join(c.known)} and a right candidate: nothing is asked")
         # By sample: the draws of one sample are not independent questions.
-        hits = {k: [float(np.mean([place < k for place in of_sample])) for of_sample in ranks.values()] for k in (1, 5)}
+        levels = {**{str(k): k for k in c.k}, "1%": math.ceil(len(right) / 100)}
+        statistics = {
+            f"acc{name}": mean([float(np.mean([place < k for place in of_sample])) for of_sample in ranks.values()])
+            for name, k in levels.items()
+        }
+        statistics["median_rank"] = median([float(np.mean(of_sample)) + 1 for of_sample in ranks.values()])
+        statistics["map@10"] = mean([float(np.mean(of_sample)) for of_sample in precisions.values()])
         groups = groups_of(list(named.values()), range(len(named)), c.bootstrap_by)
         return Result(
             "joint_retrieval",
-            [Items(list(ranks), {f"acc{k}": mean(values) for k, values in hits.items()}, groups)],
+            [Items(list(ranks), statistics, groups)],
             facts=dict(candidates.facts),
-            chance={f"chance@{k}": chance_recall(len(right), positives, k) for k in hits},
+            chance={f"chance@{k}": chance_recall(len(right), positives, k) for k in c.k},
             counts={
                 "queries": len(positives),
                 "samples": len(ranks),

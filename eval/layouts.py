@@ -41,7 +41,7 @@ class Reading:
     Attributes:
         split: the part of a data set that has several.
         files: column of a table with files.
-        texts: columns of a table with captions.
+        texts: columns of a table with captions; of shards, members or metadata fields as `json:FIELD`.
         label: column of a table with the class.
         key: column of a table whose equal values are one sample; by default the file.
         where: column or metadata field -> the values to keep, such as fold -> 5.
@@ -83,7 +83,7 @@ def open_data(names: str | Sequence[str], reading: Reading | None = None, *, lay
             expected = _EXPECTED[layout] if layout else "; ".join(_EXPECTED.values())
             raise ConfigError(f"{path} is not laid out as {layout or 'anything that is known'}: {expected}")
     if found is None:
-        found = Shards(open_shards(listed))
+        found = Shards(open_shards(listed), texts=how.texts)
     return _kept(found, how.where)
 
 
@@ -218,7 +218,7 @@ def _shards(root: Path, how: Reading) -> Source | None:
         return path.is_dir() and ((path / MANIFEST).is_file() or any(path.glob("*.tar")))
 
     folder = _split(root, how.split, has_shards) if root.is_dir() else None
-    return None if folder is None else Shards(open_shards([str(folder)]))
+    return None if folder is None else Shards(open_shards([str(folder)]), texts=how.texts)
 
 
 def _table(root: Path, how: Reading) -> Source | None:

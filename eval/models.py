@@ -23,6 +23,20 @@ from mmcontrast.decode import Sound, audio_from, picture_from
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.objectives.pairs import ScaledPairs
+from mmcontrast.objectives.symile import Symile
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known of how a model's scores were trained.
+
+    Attributes:
+        scale_of: two modalities -> the logit scale of their scores; None where none is known.
+        products: sets of modalities whose product was trained (Symile).
+    """
+
+    scale_of: Callable[[str, str], float | None] = lambda x, y: None
+    products: Collection[frozenset[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -34,14 +48,14 @@ class Asked:
         name: what results call it, with `pretrained` as CLIP_benchmark does.
         pretrained: which weights.
         identity: changes when weights, settings or preparation do.
-        scale_of: two modalities -> the logit scale that their scores were trained with; None where none is known.
+        training: what is known of it.
     """
 
     model: MultiEncoder
     name: str
     pretrained: str
     identity: str
-    scale_of: Callable[[str, str], float | None] = lambda x, y: None
+    training: Training = Training()
 
 
 def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
@@ -70,27 +84,29 @@ def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
             str(given),
             checkpoint.name,
             model_hash(checkpoint),
-            _trained_scales(checkpoint, trust),
+            _training(checkpoint, trust),
         )
     architecture, _, weights = str(given).partition(",")
     return _open_clip(architecture, weights)
 
 
-def _trained_scales(checkpoint: Path, trust: Collection[str]) -> Callable[[str, str], float | None]:
-    """Scales of the run's objectives; of an objective whose class is not trusted none is known."""
+def _training(checkpoint: Path, trust: Collection[str]) -> Training:
+    """Of the run's objectives; of one whose class is not trusted nothing is known."""
     named: dict[str, Any] = read_config(checkpoint.parent).get("objectives") or {}
     tensors = read_tensors(checkpoint, "objectives") if (checkpoint / "objectives.safetensors").is_file() else {}
-    found: list[ScaledPairs] = []
+    pairs: list[ScaledPairs] = []
+    products: list[frozenset[str]] = []
     for name, settings in named.items():
         try:
             objective: Any = from_dict(settings, trust=trust, where=f"objectives.{name}").build()
+            if isinstance(objective, Symile):
+                products.append(frozenset(objective.modalities))
             if isinstance(objective, ScaledPairs):
-                own = {key: tensors[f"{name}.{key}"] for key in objective.state_dict()}
-                objective.load_state_dict(own)
-                found.append(objective)
+                objective.load_state_dict({key: tensors[f"{name}.{key}"] for key in objective.state_dict()})
+                pairs.append(objective)
         except (ConfigError, KeyError, RuntimeError):
             continue
-    return lambda x, y: next((s for o in found if (s := o.scale_between(x, y)) is not None), None)
+    return Training(lambda x, y: next((s for o in pairs if (s := o.scale_between(x, y)) is not None), None), products)
 
 
 class Tower(Encoder):
@@ -218,9 +234,9 @@ def _transformers(folder: Path) -> Asked:
     return Asked(Foreign(whole, towers), str(folder), folder.name, identity, _one_scale(log_scale))
 
 
-def _one_scale(log_scale: Tensor | None) -> Callable[[str, str], float | None]:
+def _one_scale(log_scale: Tensor | None) -> Training:
     scale = None if log_scale is None else float(log_scale.detach().exp())
-    return lambda x, y: scale
+    return Training(lambda x, y: scale)
 
 
 def _tower(

@@ -41,6 +41,11 @@ def _imagenet() -> dict[str, Any]:
     }
 
 
+def _captions() -> dict[str, Any]:
+    """Karpathy's test split with all captions, as `mmcontrast prep flickr30k` and `prep coco` write it."""
+    return {"texts": ["json:captions"], "tasks": ["retrieval"]}
+
+
 def _ptbxl(field: str) -> dict[str, Any]:
     """One of PTB-XL's sets of classes, lists as `mmcontrast prep ptbxl` writes them: fold 10 is the test split.
 
@@ -63,6 +68,8 @@ PUBLISHED: Mapping[str, Callable[[], dict[str, Any]]] = {
     "esc50": lambda: {"layout": "esc50", "templates": ["This is a sound of {c}."], "tasks": ["zero_shot"]},
     "clotho": lambda: {"layout": "clotho", "tasks": ["retrieval"]},
     "audiocaps": lambda: {"layout": "audiocaps", "tasks": ["retrieval"]},
+    "flickr30k": _captions,
+    "coco": _captions,
     "ptbxl_super": lambda: _ptbxl("super"),
     "ptbxl_sub": lambda: _ptbxl("sub"),
     "ptbxl_form": lambda: _ptbxl("form"),

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
-from mmcontrast.config import ConfigError
+from mmcontrast.config import ConfigError, suggest
 from mmcontrast.data.reader import Reader
 from mmcontrast.decode import DECODERS
 from mmcontrast.encoders.base import Transform
-from mmcontrast.shards import FORMATS, MAX_MEMBER_BYTES, BadSample, ShardSet
+from mmcontrast.shards import FORMATS, MAX_MEMBER_BYTES, METADATA, BadSample, ShardSet
 
 
 class Source(Protocol):
@@ -75,7 +75,8 @@ class Shards:
     """Samples in shards.
 
     CLIP_benchmark's shards hold the label in a member of its own, `cls` (a number) or, of several labels, `npy` (zeros
-    and ones by class); and all captions of a picture in one text, one a line.
+    and ones by class); and all captions of a picture in one text, one a line. Ours hold them as a list in the metadata,
+    `json:captions`, beside the first one in `txt`.
     """
 
     def __init__(
@@ -84,13 +85,37 @@ class Shards:
         *,
         label: Literal["cls", "npy"] | None = None,
         lines: bool = False,
+        texts: Sequence[str] = (),
         classes: Sequence[str] = (),
         templates: Sequence[str] = (),
         questions: Sequence[str] = (),
     ) -> None:
-        self.shards, self.label, self.lines = shards, label, lines
+        """Read some shards.
+
+        Args:
+            shards: the samples.
+            label: member with the label, beside those of the metadata.
+            lines: whether a text holds a caption in each line.
+            texts: where captions are, a text member such as `txt` or a metadata field as `json:FIELD`, which may be a
+                list; without any, the sample's text.
+            classes: names of all classes.
+            templates: prompts that come with the data.
+            questions: tasks that the data are made for.
+
+        Raises:
+            ConfigError: no sample has a member that `texts` names.
+        """
+        for place in texts:
+            member, colon, _ = place.partition(":")
+            if bool(colon) != (member == METADATA) or not shards.counts.get(member):
+                raise ConfigError(
+                    f"texts: {place!r} is no text member and no field json:NAME that the samples have"
+                    f"{suggest(member, shards.counts)}"
+                )
+        self.shards, self.label, self.lines, self.texts = shards, label, lines, texts
         self.classes, self.templates, self.questions = classes, templates, questions
-        self.fingerprint = shards.fingerprint
+        # Other captions are other content.
+        self.fingerprint = " ".join([shards.fingerprint, *texts])
         self._readers: dict[str, Reader] = {}
         self._labels = Reader(shards, {})
 
@@ -119,11 +144,25 @@ class Shards:
         return self._readers[modality]
 
     def values(self, position: int, modality: str, kind: str) -> Sequence[Any]:
-        """The member's value, or the lines of a text."""
+        """The member's value, the lines of a text, or the captions of `texts`."""
+        if kind == "text" and self.texts:
+            return [text for place in self.texts for text in self._captions(position, place)]
         value = self.reader(modality, kind).raw(position, modality)
         if value is None:
             return ()
         return [line for line in value.splitlines() if line.strip()] if self.lines and kind == "text" else (value,)
+
+    def _captions(self, position: int, place: str) -> Sequence[str]:
+        member, _, name = place.partition(":")
+        if not name:
+            try:
+                found: Any = DECODERS["text"](self.shards.read(position, member))
+            except KeyError:
+                return ()
+        else:
+            found = self._labels.meta(position).get(name)
+        listed: list[Any] = list(cast(list[Any], found)) if isinstance(found, list) else [found]
+        return [" ".join(text.split()) for text in listed if isinstance(text, str) and text.strip()]
 
     def meta(self, position: int) -> Mapping[str, Any]:
         """The member json, and the label."""

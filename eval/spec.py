@@ -11,7 +11,7 @@ retrieval: {k: [1, 5, 10, 50]}
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,11 @@ from typing import Any, cast
 from mmcontrast.config import CLASS_KEY, ConfigError, Configurable, class_path, from_dict, suggest
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.geometry import Geometry
+from mmcontrast.eval.joint import Joint
 from mmcontrast.eval.knn import KNN
 from mmcontrast.eval.layouts import Reading, open_data
 from mmcontrast.eval.linear_probe import LinearProbe
+from mmcontrast.eval.models import Training
 from mmcontrast.eval.published import PUBLISHED, published
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.eval.sources import Source
@@ -34,6 +36,7 @@ TASKS: Mapping[str, type[EmbeddedTask]] = {
     "geometry": Geometry,
     "linear_probe": LinearProbe,
     "knn": KNN,
+    "joint": Joint,
 }
 """The questions that can be asked of any data set, by name."""
 _ASKED = ("zero_shot", "retrieval")  # where neither the data nor the user says
@@ -63,7 +66,7 @@ class Spec(Configurable):
         files: str | None = None
         """Column of a table with files."""
         texts: tuple[str, ...] = ()
-        """Columns of a table with captions."""
+        """Columns of a table with captions; of shards, members or metadata fields as json:FIELD, which may be lists."""
         key: str | None = None
         """Column of a table whose equal values are one sample; by default the file."""
         folder: str | None = None
@@ -132,20 +135,22 @@ class Spec(Configurable):
         return open_data(data, reading, layout=c.layout)
 
     def questions(
-        self, model: MultiEncoder, source: Source, scale_of: Callable[[str, str], float | None] = lambda x, y: None
+        self, model: MultiEncoder, source: Source, training: Training | None = None
     ) -> dict[str, EmbeddedTask]:
         """Task -> the question as it is asked of this model.
 
         Args:
             model: which is asked.
             source: the data.
-            scale_of: two modalities -> the logit scale of their scores, where it is known.
+            training: what is known of how it was trained.
 
         Raises:
             ConfigError: settings that a task does not have, or the model has no text to compare with.
         """
         c = self.config
         x, y = c.pair or _pair(model, source)
+        training = training or Training()
+        known = [m for m in model.modalities if m != x and source.has(model.encoder(m).kind)]
         common: dict[str, Any] = {"data": list(c.data), "bootstrap_by": c.bootstrap_by}
         classified: dict[str, Any] = {
             "modality": x,
@@ -157,12 +162,18 @@ class Spec(Configurable):
             "zero_shot": {
                 **classified,
                 "prompt_modality": y,
-                "scale": scale_of(x, y),
+                "scale": training.scale_of(x, y),
                 **{name: getattr(c, name) for name in _PROMPTS},
             },
             **dict.fromkeys(("linear_probe", "knn"), classified),
             "retrieval": {"pair": [x, y], "group": c.group},
             "geometry": {"pair": [x, y]},
+            "joint": {
+                "candidate": x,
+                "known": known,
+                "label": c.group,
+                "score": "product" if any({x, *known} <= trained for trained in training.products) else "sum",
+            },
         }
         found: dict[str, EmbeddedTask] = {}
         for name, settings in (c.tasks or dict.fromkeys(source.questions or _ASKED, {})).items():

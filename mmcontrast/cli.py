@@ -100,7 +100,7 @@ def report(runs: Positional[tuple[Path, ...]], out: Path | None = None, trust: t
 def evaluate(
     model: Positional[str],
     data: Positional[tuple[str, ...]] = (),
-    tasks: tuple[Literal["zero_shot", "retrieval", "geometry", "linear_probe", "knn"], ...] = (),
+    tasks: tuple[Literal["zero_shot", "retrieval", "geometry", "linear_probe", "knn", "joint"], ...] = (),
     train: tuple[str, ...] = (),
     label: str | None = None,
     templates: tuple[str, ...] = (),
@@ -118,14 +118,14 @@ def evaluate(
     Args:
         model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
         data: spec files; NAME:PATH of well-known data sets (imagenet, cifar10, cifar100, esc50, clotho, audiocaps,
-            ptbxl_super, ptbxl_sub, ptbxl_form, ptbxl_rhythm); or data as they lie: shards, CLIP_benchmark's folders, a
-            folder per class, a table. None: the evaluators of the recipe.
+            flickr30k, coco, ptbxl_super, ptbxl_sub, ptbxl_form, ptbxl_rhythm); or data as they lie: shards,
+            CLIP_benchmark's folders, a folder per class, a table. None: the evaluators of the recipe.
         tasks: questions to ask; by default what the data are made for.
         train: labelled data that linear_probe and knn learn from; by default the split train of the data.
         label: metadata field, or column of a table, with the class.
         templates: prompts with {c} for the class name.
         pair: the modalities that are compared; the first one is what zero_shot classifies.
-        group: metadata field whose equal values are right answers to each other in retrieval.
+        group: metadata field whose equal values are right answers to each other in retrieval and joint.
         bootstrap_by: metadata field, such as patient: intervals are over its values instead of single samples.
         against: another model, asked the same and compared item by item.
         out: also write one JSON file per result into this folder, as `clip_benchmark build` takes them.

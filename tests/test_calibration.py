@@ -135,14 +135,16 @@ def test_the_scale_is_the_one_that_was_learned(tmp_path: Path) -> None:
         "other": InfoNCE.Config(pairs=(("audio", "text"),)),
         "ways": InfoNCE.Config(pairs=(("ecg", "text"),), temperature="per_direction"),
     }
-    scale_of = load_asked(_run(tmp_path / "run", objectives)).scale_of
+    training = load_asked(_run(tmp_path / "run", objectives)).training
+    scale_of = training.scale_of
+    assert training.products == [frozenset({"image", "text"})]
     assert scale_of("image", "text") == scale_of("text", "image") == pytest.approx(math.exp(2))
     assert [scale_of("ecg", "text"), scale_of("text", "ecg")] == pytest.approx([math.exp(4), math.exp(4.5)])
     assert scale_of("audio", "text") == pytest.approx(math.exp(3)) and scale_of("image", "audio") is None
-    assert load_asked(tiny.write_run(tmp_path / "bare")).scale_of("image", "text") is None
+    assert load_asked(tiny.write_run(tmp_path / "bare")).training.scale_of("image", "text") is None
     model = open_clip_weights(tmp_path)
     weights = torch.load(model.partition(",")[2], weights_only=True)
-    assert load_asked(model).scale_of("image", "text") == pytest.approx(float(weights["logit_scale"].exp()))
+    assert load_asked(model).training.scale_of("image", "text") == pytest.approx(float(weights["logit_scale"].exp()))
 
 
 def test_the_command_takes_the_learned_scale(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from mmcontrast.checkpoint import find_checkpoint, read_state
+from mmcontrast.checkpoint import find_checkpoint, load, read_state
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError, to_dict
 from mmcontrast.data import Stream
@@ -19,8 +20,10 @@ from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.joint import Joint
 from mmcontrast.objectives import Symile
+from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.shards import open_shards
 from mmcontrast.trainer import Trainer
+from tests import tiny
 from tests.test_compose import LANGUAGES, config, data
 from tests.tiny import vit, write_run
 
@@ -101,7 +104,7 @@ def test_scores_equal_a_slow_reference(score: Any, labelled: bool) -> None:
             if row in images and row % 2:
                 e.z["text"][place] = candidates.z["image"][images.index(row)]
     asked = Joint(Joint.Config(data=("nowhere",), score=score, label="kind" if labelled else None))
-    found = asked.score(candidates, queries).flat()
+    found = asked.between(candidates, queries).flat()
     for k in (1, 5):
         accuracy, chance = slow(candidates, queries, ["audio", "text"], score, k)
         assert found[f"acc{k}"] == pytest.approx(accuracy) and found[f"chance@{k}"] == pytest.approx(chance)
@@ -112,23 +115,53 @@ def test_scores_equal_a_slow_reference(score: Any, labelled: bool) -> None:
     assert found["bound"] == 0.25 and found["candidates"] == len(images)
 
 
+def test_the_other_numbers_equal_counting() -> None:
+    """Ranks of single queries, with several right candidates each."""
+    n = 150
+    labels = [f"c{i % 60}" for i in range(n)]
+    everywhere = {m: list(range(n)) for m in ("image", "audio", "text")}
+    e = embedded(n, everywhere, labels=labels)
+    e.z["text"][::2] = e.z["image"][::2]
+    asked = Joint(Joint.Config(data=("x",), score="sum", label="kind", k=(1, 3)))
+    found = asked.score(None, e).flat()  # type: ignore[arg-type]
+    scores = ((e.z["audio"] + e.z["text"]).double() @ e.z["image"].double().T).tolist()
+    ranks: list[int] = []
+    precisions: list[float] = []
+    for i, name in enumerate(labels):
+        order = np.argsort([-s for s in scores[i]]).tolist()
+        right = [labels[j] == name for j in order]
+        ranks.append(right.index(True))
+        at = [sum(right[: j + 1]) / (j + 1) for j in range(10) if right[j]]
+        precisions.append(sum(at) / min(10, sum(right)))
+    assert found["acc3"] == sum(r < 3 for r in ranks) / n and found["acc1%"] == sum(r < 2 for r in ranks) / n
+    assert found["acc1"] != found["acc1%"] != found["acc3"] and "acc5" not in found
+    assert found["median_rank"] == sorted(ranks)[(n - 1) // 2] + 1 > 1
+    assert found["map@10"] == pytest.approx(sum(precisions) / n) and 0.05 < (found["map@10"] or 0) < 0.9
+    drawn = asked.between(e, [e, embedded(n, everywhere, seed=5, labels=labels)]).flat()
+    assert drawn["samples"] == n and drawn["queries"] == 2 * n and drawn["median_rank"] != found["median_rank"]
+    with pytest.raises(ConfigError, match="evaluators of a recipe only"):
+        Joint(Joint.Config(data=("x",), draws=2)).score(None, e)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"k is \(0,\)"):
+        Joint.Config(data=("x",), k=(0,)).build()
+
+
 def test_equal_embeddings_do_not_score() -> None:
     candidates = embedded(8, {"image": list(range(8))})
     queries = embedded(8, {"audio": list(range(8)), "text": list(range(8))})
     for broken in (torch.ones(8, 7), torch.full((8, 7), torch.nan)):
         same = replace(candidates, z={"image": broken})
-        assert Joint(Joint.Config(data=("x",))).score(same, [queries]).flat()["acc1"] == 0
+        assert Joint(Joint.Config(data=("x",))).between(same, [queries]).flat()["acc1"] == 0
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
     candidates = embedded(4, {"image": [0, 1, 2, 3]}, labels=["a", "b", "c", "d"])
     queries = embedded(4, {"audio": [0, 1], "text": [2, 3]}, labels=["a", "b", "c", "d"])
     with pytest.raises(ConfigError, match="no sample has all of audio, text"):
-        Joint(Joint.Config(data=("x",))).score(candidates, [queries])
+        Joint(Joint.Config(data=("x",))).between(candidates, [queries])
     with pytest.raises(ConfigError, match="modality 'sound'"):
-        Joint(Joint.Config(data=("x",), candidate="sound")).score(candidates, [queries])
+        Joint(Joint.Config(data=("x",), candidate="sound")).between(candidates, [queries])
     with pytest.raises(ConfigError, match="label 'colour'.*fields: kind"):
-        Joint(Joint.Config(data=("x",), label="colour")).score(candidates, [queries])
+        Joint(Joint.Config(data=("x",), label="colour")).between(candidates, [queries])
     wrong: list[dict[str, Any]] = [{"draws": 0}, {"known": ()}, {"known": ("image", "text")}]
     for settings in wrong:
         with pytest.raises(ConfigError, match="draws|known"):
@@ -147,6 +180,20 @@ def model_config() -> MultiEncoder.Config:
         },
         dim=8,
     )
+
+
+def tone(pitch: int) -> bytes:
+    """A tenth of a second of WAV."""
+    import io
+    import wave
+
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(8000)
+        out.writeframes((20000 * np.sin(np.arange(800) * (pitch + 1) / 20)).astype("<i2").tobytes())
+    return file.getvalue()
 
 
 def question(data: Path, **settings: Any) -> Joint.Config:
@@ -223,3 +270,34 @@ def test_a_run_on_composed_examples_trains_resumes_and_is_asked(tmp_path: Path, 
     pairs = zip(straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for (_, a), b in pairs)
     assert lines[-1]["step"] == 4 and read_state(find_checkpoint(tmp_path / "b"))["step"] == 4
+
+
+def test_the_command_asks_from_all_others(tmp_path: Path, data: Path) -> None:
+    """The product where it was trained, and the sum of pairwise scores elsewhere."""
+    shards = str(data / "pictures")
+    model = write_run(tmp_path / "run", model_config())
+    embeddings = embed(load(model), [shards], compose=config(data))
+    assert len(embeddings.z) == 3
+    three = tmp_path / "three"
+    with ShardWriter(three) as writer:
+        for i in range(12):
+            members = {"png": tiny.png("red", seed=i), "wav": tone(i), "txt": f"number {i}"}
+            writer.write(Sample(f"{i:02d}", {**members, "json": {"kind": i // 2}}))
+    found: list[dict[str, Any]] = []
+    for name in ("product", "sum"):
+        settings = json.loads((model / "config.json").read_text())
+        trained = Symile.Config(modalities=("image", "audio", "text")) if name == "product" else None
+        objectives = {"symile": to_dict(trained)} if trained else {}
+        (model / "config.json").write_text(json.dumps(settings | {"objectives": objectives}))
+        main(["eval", str(model), str(three), "--tasks", "joint", "--json", str(tmp_path / "found.json")])
+        found += json.loads((tmp_path / "found.json").read_text())
+        want = Joint.Config(data=(str(three),), known=("audio", "text"), score=name)  # type: ignore[arg-type]
+        assert found[-1]["task"] == "joint_retrieval"
+        flat = want.build().run(load(model))
+        assert flat == {n: v for n, v in found[-1]["metrics"].items() if n in flat}
+    assert found[0]["metrics"]["map@10"] != found[1]["metrics"]["map@10"], "the product is the sum"
+    main(
+        ["eval", str(model), str(three), "--tasks", "joint", "--group", "kind", "--json", str(tmp_path / "found.json")]
+    )
+    (grouped,) = json.loads((tmp_path / "found.json").read_text())
+    assert grouped["metrics"]["classes"] == 6 and grouped["metrics"]["candidates"] == 12

@@ -22,6 +22,7 @@ from mmcontrast.eval.published import PUBLISHED, published
 from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.eval.sources import Files, Source
 from mmcontrast.eval.spec import Spec, read_spec
+from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import BadSample
 from tests import tiny
 
@@ -64,6 +65,46 @@ def model() -> MultiEncoder:
         }
     )
     return config.build()
+
+
+# --------------------------------------------------------------------------------------------------- captions
+
+
+def test_all_captions_of_shards(tmp_path: Path, model: MultiEncoder) -> None:
+    """What `prep coco` writes: the first caption as text, all of them in the metadata."""
+    samples = tiny.samples(12)
+    captions = {s.key: [f"{i} {j}" for j in range(1 + i % 3)] for i, s in enumerate(samples)}
+    shards = tiny.write_shards(
+        tmp_path / "set" / "test",
+        [
+            Sample(s.key, {"png": s.members["png"], "txt": captions[s.key][0], "json": {"captions": captions[s.key]}})
+            for s in samples
+        ],
+    )
+    first, all_of_them = open_data(shards), open_data(shards, Reading(texts=["json:captions"]))
+    assert first.values(2, "text", "text") == ("2 0",) and all_of_them.values(2, "text", "text") == [
+        "2 0",
+        "2 1",
+        "2 2",
+    ]
+    assert open_data(shards, Reading(texts=["txt", "json:captions"])).values(1, "text", "text") == ["1 0", "1 0", "1 1"]
+    assert first.fingerprint != all_of_them.fingerprint
+    data = embed(model, all_of_them, modalities=["image", "text"])
+    assert data.rows["text"].tolist() == [i for i in range(12) for _ in range(1 + i % 3)]
+    got = Retrieval.Config(data=(), k=(1, 3)).build().score(model, data).flat()
+    # A picture has found its text if any of its captions is among the first; a caption has one picture.
+    scores = (data.z["image"].double() @ data.z["text"].double().T).numpy()
+    owner = data.rows["text"].numpy()
+    for k in (1, 3):
+        found = [(owner[np.argsort(-scores[i])[:k]] == i).any() for i in range(12)]
+        assert got[f"image_to_text_recall@{k}"] == np.mean(found)
+        found = [owner[j] in np.argsort(-scores[:, j])[:k] for j in range(len(owner))]
+        assert got[f"text_to_image_recall@{k}"] == np.mean(found)
+    spec: Spec = read_spec(f"coco:{tmp_path / 'set'}").build()
+    assert spec.open().fingerprint == all_of_them.fingerprint and spec.config.tasks == {"retrieval": {}}
+    for place in ("json", "capt", "txt:x"):
+        with pytest.raises(ConfigError, match=f"texts: '{place}' is no text member and no field json:NAME"):
+            open_data(shards, Reading(texts=[place]))
 
 
 # --------------------------------------------------------------------------------------------------- folders
