@@ -22,6 +22,7 @@ from mmcontrast.config import ConfigError, from_dict, suggest
 from mmcontrast.decode import Sound, audio_from, picture_from
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.encoders.text import TokenTower, TokenTransform
 from mmcontrast.objectives.pairs import ScaledPairs
 from mmcontrast.objectives.symile import Symile
 
@@ -112,14 +113,24 @@ def _training(checkpoint: Path, trust: Collection[str]) -> Training:
 class Tower(Encoder):
     """One side of a foreign model: its own preparation, and the method that embeds."""
 
-    def __init__(self, transform: Transform, encode: Callable[[Any], Tensor], dim: int) -> None:
+    def __init__(
+        self,
+        transform: Transform,
+        encode: Callable[[Any], Tensor],
+        dim: int,
+        shorten: Callable[[Any], Any] = lambda x: x,
+    ) -> None:
         super().__init__(Encoder.Config())
         self.kind, self.dim = transform.kind, dim
-        self._transform, self._encode = transform, encode
+        self._transform, self._encode, self._shorten = transform, encode, shorten
 
     def transform(self, *, train: bool) -> Transform:
         """The model's own."""
         return self._transform
+
+    def shorten(self, x: Any) -> Any:
+        """Without what the model cannot see."""
+        return self._shorten(x)
 
     def forward(self, x: Any) -> tuple[Tensor, None]:
         """Prepared inputs -> [B, D]."""
@@ -171,16 +182,18 @@ def _open_clip(architecture: str, weights: str) -> Asked:
     if not Path(weights).is_file() and weights not in tags:
         raise ConfigError(f"{weights!r} is neither a file nor known weights of {architecture}{suggest(weights, tags)}")
     try:
-        made = open_clip.create_model_and_transforms(architecture, pretrained=weights)
+        # Their towers as modules of their own: a CLIP with loose parts cannot read texts without their padding.
+        made = open_clip.create_model_and_transforms(architecture, pretrained=weights, force_custom_text=True)
         tokenizer: Any = open_clip.get_tokenizer(architecture)
     except Exception as error:  # of torch, safetensors, pickle or the hub, by what is wrong
         raise ConfigError(f"open_clip cannot make {architecture} of {weights}: {str(error)[:300]}") from None
     clip, preprocess = cast(Any, made[0]).eval(), cast(Any, made[2])
+    texts = TokenTower(clip.text)
     with torch.no_grad():
         dim = clip.encode_text(tokenizer([""])).shape[1]
     towers = {
         "image": Tower(_Prepared("image", lambda v: preprocess(pil_image(v))), clip.encode_image, dim),
-        "text": Tower(_Prepared("text", lambda v: tokenizer([str(v)])[0]), clip.encode_text, dim),
+        "text": Tower(TokenTransform(tokenizer), lambda x: texts(x)[0], dim, texts.shorten),
     }
     identity = _identity(clip, architecture, repr(preprocess))
     return Asked(Foreign(clip, towers), architecture, weights, identity, _one_scale(clip.logit_scale))

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import harness, loss, loss_arms, step, step_arms, stream, stream_arms, stream_data
+from benchmarks import eval as evaluation
+from benchmarks import eval_arms, harness, loss, loss_arms, step, step_arms, stream, stream_arms, stream_data
 from benchmarks.chart import loglog
 from benchmarks.counters import peak_tensors_mb, resident_mb, tcp_bytes_sent
 from benchmarks.harness import Goal, Report, alternate, in_processes, median_ratio, peak, table
@@ -359,3 +360,29 @@ def test_the_error_of_a_step_would_show() -> None:
     assert step_arms.relative_error(other, want) > 0.1
     floor = step_arms.floor(16, towers, 4, forwards=4)()
     assert floor.keys() == want.keys() - {"logit_scale"}
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+SMALL_EVAL = evaluation.Plan(
+    flat=(300,), peers=200, d=32, classes=8, templates=4, layers=1, pictures=12, rounds=1, threads=1, peaks=False
+)
+
+
+def test_the_evaluation_benchmark_runs() -> None:
+    pytest.importorskip("clip_benchmark")
+    found = evaluation.run(SMALL_EVAL)
+    wanted = {goal.ratio.replace("10000", "300") for goal in evaluation.GOALS if "50000" not in goal.ratio}
+    assert {name for name in wanted if "peak" not in name} <= found.ratios.keys()
+    assert found.ratios["difference"] < 1e-6 and found.ratios["head_difference"] < 1e-5
+    assert {"flat/product", "peers/CLIP_benchmark", "shards/retrieval/ours"} <= {arm["arm"] for arm in found.arms}
+
+
+def test_arms_of_evaluation_that_differ_are_told() -> None:
+    n, d = 200, 32
+    found = eval_arms.ours(n, d)()
+    assert 0 < found["text_retrieval_recall@1"] < found["text_retrieval_recall@10"] < 1, "nothing is compared"
+    assert found["text_retrieval_median_rank"] == eval_arms.open_clip_metrics(n, d)()["text_retrieval_median_rank"]
+    other = {**found, "text_retrieval_recall@1": found["text_retrieval_recall@1"] + 0.005}
+    with pytest.raises(AssertionError, match="peer differs by 0.005"):
+        evaluation._same({"ours": found, "peer": other}, Report(), tolerance=1e-6)  # pyright: ignore[reportPrivateUsage]

@@ -90,6 +90,10 @@ class Encoder(nn.Module, Configurable):
         """One valid input row, [1, ...]: stands in where a rank has no row of the modality."""
         raise NotImplementedError
 
+    def shorten(self, x: Any) -> Any:
+        """Inputs [B, ...] without what no pooled output depends on, such as padding behind the longest text's end."""
+        return x
+
     def forward(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """Inputs [B, ...] -> pooled [B, C], and tokens [B, T, C] where the tower has them."""
         raise NotImplementedError

@@ -181,14 +181,22 @@ class MultiEncoder(nn.Module, Configurable):
             ConfigError: the model has no such modality, or `values` is one sample instead of a list.
             BadSample: a value cannot be decoded.
         """
-        parts = [self.embed(modality, x) for x in self._prepared("encode", modality, values, batch_size)]
-        return torch.cat(parts).cpu() if parts else torch.zeros(0, self.config.dim)
+        # Texts of about the same length together: they are padded to the longest.
+        texts = len(values) > batch_size and all(isinstance(value, str) for value in values)
+        order = sorted(range(len(values)), key=lambda i: len(values[i])) if texts else range(len(values))
+        z = torch.zeros(len(values), self.config.dim)
+        done = 0
+        for x in self._prepared("encode", modality, [values[i] for i in order] if texts else values, batch_size):
+            part = self.embed(modality, x).float().cpu()
+            z[[*order[done : done + len(part)]]] = part
+            done += len(part)
+        return z
 
     @torch.no_grad()
     def embed(self, modality: str, x: Any) -> Tensor:
         """Embed prepared inputs of one modality in evaluation mode; [n, D] on the model's device."""
         with self._evaluating():
-            return self._encode(modality, self._here(x))[0]
+            return self._encode(modality, self._here(self.encoder(modality).shorten(x)))[0]
 
     @torch.no_grad()
     def caption(

@@ -44,6 +44,46 @@ class TokenTransform(Transform):
         return len(self._encode(str(value))) > self.length - 2
 
 
+class TokenTower:
+    """An open_clip text tower that can also read texts without their padding, where what it pools does not see it.
+
+    That is a causal tower that pools the end of text, be it the largest token (CLIP) or a named one. Others read their
+    padding, and get all of it.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        self.tower = tower
+        pool, causal = getattr(tower, "pool_type", None), getattr(tower, "attn_mask", None) is not None
+        # The class token of CoCa stands behind the padding.
+        self.shortens = causal and pool in ("argmax", "eos") and getattr(tower, "cls_emb", 0) is None
+
+    def shorten(self, x: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, T'], up to the last end of text."""
+        if not self.shortens:
+            return x
+        ends = (x if self.tower.pool_type == "argmax" else (x == self.tower.eos_id).int()).argmax(1)
+        return x[:, : int(ends.max()) + 1]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """int64 [B, T] -> [B, C], and [B, T, C] where the architecture gives tokens."""
+        from open_clip.transformer import text_global_pool
+
+        tower, length = self.tower, x.shape[1]
+        if not self.shortens or length == tower.context_length:
+            found = tower(x)
+            return found if isinstance(found, tuple) else (found, None)
+        # Its own `forward`, which does not cut its mask. The mask is not swapped: other threads may read with it.
+        z = tower.token_embedding(x) + tower.positional_embedding[:length]
+        z = z.to(tower.transformer.get_cast_dtype())
+        z = tower.ln_final(tower.transformer(z, attn_mask=tower.attn_mask[:length, :length]))
+        pooled = text_global_pool(z, x, pool_type=tower.pool_type, eos_token_id=tower.eos_id)
+        if isinstance(tower.text_projection, torch.nn.Linear):
+            pooled = tower.text_projection(pooled)
+        elif tower.text_projection is not None:
+            pooled = pooled @ tower.text_projection
+        return pooled, z if tower.output_tokens else None
+
+
 class TextTransformer(Encoder):
     """A causal text transformer (CLIP, Radford et al. 2021, arXiv:2103.00020, 2.4), CLIP's vocabulary."""
 
@@ -93,9 +133,13 @@ class TextTransformer(Encoder):
         """An empty text."""
         return self.tokenizer([""]).to(self.tower.token_embedding.weight.device)
 
+    def shorten(self, x: Tensor) -> Tensor:
+        """Without padding that the tower cannot see."""
+        return TokenTower(self.tower).shorten(x)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """int64 [B, T] -> [B, C], [B, T, C]."""
-        return self.tower(x)
+        return TokenTower(self.tower)(x)
 
 
 class OpenClipText(Encoder):
@@ -136,10 +180,13 @@ class OpenClipText(Encoder):
         """An empty text."""
         return self.tokenizer([""]).to(next(self.tower.parameters()).device)
 
+    def shorten(self, x: Tensor) -> Tensor:
+        """Without padding that the tower cannot see."""
+        return TokenTower(self.tower).shorten(x)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """int64 [B, T] -> [B, C], and [B, T, C] where the architecture gives tokens."""
-        found = self.tower(x)
-        return found if isinstance(found, tuple) else (found, None)
+        return TokenTower(self.tower)(x)
 
 
 class HFTransform(Transform):
