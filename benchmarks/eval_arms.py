@@ -131,7 +131,7 @@ def clip_benchmark_retrieval(n: int, d: int) -> Metrics:
     def work() -> dict[str, float]:
         with _quiet():
             return zeroshot_retrieval.evaluate(
-                _Embedded(), batches, lambda x: text[x], "cpu", amp=False, recall_k_list=[*K]
+                _Embedded(), batches, text.__getitem__, "cpu", amp=False, recall_k_list=[*K]
             )
 
     return work
