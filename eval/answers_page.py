@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from mmcontrast.charts import SCRIPT, STYLE, Bar, Line, Point, bars, cloud, line_chart
+from mmcontrast.charts import SCRIPT, STYLE, Bar, Bin, Line, Point, bars, cloud, histogram, line_chart
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.answer import Answer
 from mmcontrast.eval.confusion import confusion
@@ -18,7 +18,7 @@ from mmcontrast.eval.layouts import open_data
 from mmcontrast.eval.media import Media
 from mmcontrast.eval.result import Difference, chance_of
 from mmcontrast.eval.sources import Source
-from mmcontrast.page import Html, Node, card, cards, finding, number, page, section, table, tag
+from mmcontrast.page import Html, Node, card, cards, finding, number, page, percent, section, table, tag
 
 _MISTAKES = 12
 _CLASSES = 25  # of the lowest scores
@@ -131,11 +131,17 @@ def draw(shown: Shown) -> Html:
     about = _mapping(details.get("data"))
     media = Media(shown.source, {str(m): str(kind) for m, kind in _mapping(about.get("kinds")).items()})
     asked = [str(m) for m in _list(about.get("modalities"))]
-    parts: list[Node] = [_facts(shown), _scores(shown)]
-    for make in (_against, _calibration, _confusion, _per_class, _mistakes, _galleries, _plane):
+    parts: list[Node] = []
+    for make in (_facts, _scores, _against, _calibration, _confusion, _per_class, _mistakes, _galleries, _plane):
         try:
             parts.append(make(shown, details, media, asked))
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:  # of a file that was changed
+        except (
+            LookupError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:  # of a file that was changed
             parts.append(finding("warning", f"a part cannot be drawn: {make.__name__[1:]} ({error})"))
     return section(shown.title, parts)
 
@@ -148,7 +154,7 @@ def _list(value: Any) -> list[Any]:
     return cast(list[Any], value) if isinstance(value, list) else []
 
 
-def _facts(shown: Shown) -> Node:
+def _facts(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
     counts = ", ".join(f"{number(n)} {name.replace('_', ' ')}" for name, n in _mapping(shown.result["counts"]).items())
     left_out = f", {number(shown.skipped)} damaged ones left out" if shown.skipped else ""
     warnings = [finding("warning", str(text)) for text in _list(shown.result.get("warnings"))]
@@ -156,18 +162,18 @@ def _facts(shown: Shown) -> Node:
     return [tag("p", f"{counts}{left_out}.", class_="quiet"), lost, warnings]
 
 
-def _scores(shown: Shown) -> Node:
+def _scores(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
     """Shares as bars with interval and chance, other numbers as a table."""
     chance = {str(k): float(v) for k, v in _mapping(shown.result.get("chance")).items()}
     drawn: list[Bar] = []
     others: list[list[Node]] = []
     for name, metric in _mapping(shown.result.get("metrics")).items():
-        value, low, high = (*_list(metric), None, None, None)[:3]
+        value, low, high = cast(tuple[Any, Any, Any], (*_list(metric), None, None, None)[:3])
         if value is None:
             continue
         told = str(name).replace("_", " ")
         level = chance_of(str(name), chance)
-        if low is not None and 0 <= value <= 1 and high <= 1 and "rank" not in name and "cosine" not in name:
+        if low is not None and 0 <= value <= 1 and high <= 1 and not _lower_is_better(name) and "cosine" not in name:
             note = "" if level is None else f"chance {number(round(level, 4))}"
             drawn.append(Bar(told, value, low, high, level, note))
         else:
@@ -179,6 +185,10 @@ def _scores(shown: Shown) -> Node:
     return [[said, bars(drawn)] if drawn else None, table(("", "", ""), [*others, *more]) if others or more else None]
 
 
+def _lower_is_better(metric: str) -> bool:
+    return "rank" in metric or metric == "ece" or metric.startswith("alignment")
+
+
 def _against(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
     """What two models differ by, on the same items."""
     if shown.against is None:
@@ -186,7 +196,7 @@ def _against(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequ
     other, differences = shown.against
     rows: list[list[Node]] = []
     for name, d in differences.items():
-        better = "rank" not in name if d.value > 0 else "rank" in name
+        better = (d.value > 0) != _lower_is_better(name)
         said = "not told apart" if d.low <= 0 <= d.high else "better" if better else "worse"
         rows.append([name.replace("_", " "), f"{d.value:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}", said])
     note = "Differences of the scores on the same items, and their 95 % intervals over the same resamples."
@@ -196,19 +206,32 @@ def _against(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequ
 
 def _calibration(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
     """Reliability: how often it is right where it is how sure (Guo et al. 2017, arXiv:1706.04599)."""
-    bins = [b for b in _list(details.get("calibration")) if b["samples"]]
+    bins = [_mapping(b) for b in _list(details.get("reliability"))]
     if not bins:
         return None
     x, y = [float(b["confidence"]) for b in bins], [float(b["accuracy"]) for b in bins]
-    own = Line("this model", x, y, dots=True)
-    right = Line("as sure as right", [0.0, 1.0], [0.0, 1.0], colour=5, dash=2)
+    ideal = Line("as sure as right", [0.0, 1.0], [0.0, 1.0], colour=5, dash=2)
     chart = line_chart(
-        [own, right], title="Reliability", x="confidence", zero=True,
-        about="How often the named class is right, by how sure the model is; below the dotted line it is too sure.",
-    )  # fmt: skip
-    rows = [[number(round(b["confidence"], 3)), number(round(b["accuracy"], 3)), number(b["samples"])] for b in bins]
-    counted = tag("div", table(["confidence", "right", "samples"], rows))
+        [Line("this model", x, y, dots=True), ideal],
+        title="Reliability",
+        x="confidence",
+        y="right",
+        about="How often what is named is right, by how sure the model is. Below the dotted line it is too sure.",
+    )
+    counted = histogram(
+        [Bin(float(b["low"]), float(b["high"]), int(b["count"])) for b in _all_bins(bins)],
+        title="Samples",
+        below="by confidence",
+    )
     return [tag("h3", "Calibration"), tag("div", chart, counted, class_="charts")]
+
+
+def _all_bins(bins: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """With those that are empty, which a result leaves out."""
+    width = float(bins[0]["high"]) - float(bins[0]["low"])
+    known = {round(float(b["low"]) / width): b for b in bins}
+    number_of = min(1000, round(1 / width))
+    return [known.get(i, {"low": i * width, "high": (i + 1) * width, "count": 0}) for i in range(number_of)]
 
 
 def _confusion(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
@@ -217,7 +240,7 @@ def _confusion(shown: Shown, details: Mapping[str, Any], media: Media, asked: Se
     found = confusion(
         [str(c) for c in details["classes"]], [(int(a), int(b), int(n)) for a, b, n in details["confusion"]]
     )
-    pairs = [[p.right, p.called, p.count, f"{100 * p.count / p.of:.0f} %"] for p in found.pairs]
+    pairs = [[p.right, p.called, p.samples, f"{100 * p.samples / p.of:.0f} %"] for p in found.pairs]
     beside = tag("div", table(["is", "called", "samples", "of it"], pairs)) if pairs else None
     parts: list[Node] = [tag("h3", "What is taken for what"), tag("div", found.drawn, beside, class_="row")]
     recalls = sorted(found.recalls, key=lambda r: (r.recall, r.name))
@@ -270,7 +293,11 @@ def _gallery(g: Mapping[str, Any], media: Media) -> Node:
     x, y = str(g["from"]), str(g["to"])
     total = sum(n for *_, n in g["ranks"]) or 1
     ranks = [
-        Bar(number(a) if a == b else f"{number(a)} to {number(b)}", n / total, note=f"{number(n)} queries")
+        Bar(
+            number(a) if a == b else f"{number(a)} to {number(b)}",
+            n / total,
+            said=f"{percent(n / total)} ({number(n)})",
+        )
         for a, b, n in g["ranks"]
     ]
     note = tag("p", "Rank of the best right answer, share of the queries.", class_="quiet")

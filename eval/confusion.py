@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
     right: str
     called: str
-    count: int
+    samples: int
     of: int
 
 

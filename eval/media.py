@@ -18,6 +18,7 @@ _SAID = 220  # characters of a text
 _HEARD = 3.0  # seconds of a sound
 _RATE = 16_000  # samples per second above which it is thinned
 _SEEN = 20.0  # seconds of a signal
+_POINTS = 200  # of a channel
 _VALUES = 1 << 20  # of a signal, all channels together
 _SOUNDS = 8 << 20  # bytes of all players of a page; after that, waveforms alone
 _CACHED = 2000
@@ -84,7 +85,9 @@ class Media:
             return self._sound(value)
         if isinstance(value, Signal):
             frames = min(value.frames, round(_SEEN * value.rate), max(1, _VALUES // max(1, len(value.channels))))
-            return traces(value.read(0, frames).numpy(), names=value.channels)
+            drawn = traces(value.read(0, frames).numpy(), names=value.channels, points=_POINTS)
+            length = f"{value.frames / value.rate:.3g} s, {len(value.channels)} channels"
+            return Html(drawn + tag("div", length, class_="quiet"))
         return tag("div", _cut(str(value)), class_="said")
 
     def _sound(self, value: Sound) -> Html:

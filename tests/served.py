@@ -90,8 +90,8 @@ def content() -> list[Sample]:
     return [Sample(key, members) for key, members in samples]
 
 
-def build(folder: Path) -> Served:
-    """Run, shards, an index of pictures and one of texts under a folder, and the app on both."""
+def write_run(folder: Path) -> Path:
+    """A run folder with an untrained model of four modalities."""
     encoders: dict[str, Encoder.Config] = {
         "image": tiny.vit(),
         "text": tiny.text_transformer(),
@@ -100,7 +100,12 @@ def build(folder: Path) -> Served:
             channels=("I", "II"), rate=100, seconds=0.64, patch=8, width=16, layers=1, heads=2
         ),
     }
-    run = tiny.write_run(folder / "run", MultiEncoder.Config(encoders=encoders, dim=8))
+    return tiny.write_run(folder, MultiEncoder.Config(encoders=encoders, dim=8))
+
+
+def build(folder: Path) -> Served:
+    """Run, shards, an index of pictures and one of texts under a folder, and the app on both."""
+    run = write_run(folder / "run")
     samples = content()
     shards = tiny.write_shards(folder / "shards", samples, per_shard=8)
     folders = [folder / "pictures", folder / "texts"]

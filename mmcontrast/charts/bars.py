@@ -22,7 +22,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class Bar:
-    """A score with its interval and what chance reaches; `note` stands behind the numbers, `colour` is of `COLOURS`."""
+    """A score with its interval and what chance reaches.
+
+    `said` stands instead of the numbers, `note` behind them; `colour` is one of the `COLOURS`.
+    """
 
     name: str
     value: float | None
@@ -31,6 +34,7 @@ class Bar:
     chance: float | None = None
     note: str = ""
     colour: int = 0
+    said: str = ""
 
 
 def bars(rows: Sequence[Bar], *, most: float = 1.0) -> Html:
@@ -47,7 +51,7 @@ def bars(rows: Sequence[Bar], *, most: float = 1.0) -> Html:
             parts.append(tag("i", class_="chance", style=f"left:{_percent(row.chance, most)}", title="chance"))
         ends = "" if row.low is None else f" [{number(_three(row.low))}, {number(_three(row.high))}]"
         note = tag("span", row.note, class_="quiet")
-        figures = tag("td", number(_three(row.value)) + ends, " ", note, class_="figures")
+        figures = tag("td", row.said or number(_three(row.value)) + ends, " ", note, class_="figures")
         scale = tag("span", parts, class_=f"scale c{row.colour % COLOURS}")
         found.append(tag("tr", tag("td", row.name), tag("td", scale), figures))
     return tag("table", tag("tbody", found), class_="bars")

@@ -84,7 +84,7 @@ def heat(counts: Sequence[Sequence[int]], names: Sequence[str], *, title: str, a
     """
     n = len(names)
     side, left, top = max(11.0, min(34.0, 420 / n)), 118.0, 96.0
-    width, height = left + n * side + 8, top + n * side + 4
+    width, height = left + n * side + 52, top + n * side + 4  # names above lean out to the right
     letters, size = 17, min(11.0, side * 0.95)
     parts: list[Node] = []
     for i, name in enumerate(names):

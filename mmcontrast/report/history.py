@@ -121,7 +121,7 @@ class History:
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     curves: dict[str, Curve] = field(default_factory=dict[str, Curve])
     notices: list[Notice] = field(default_factory=list[Notice])
-    starts: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
+    starts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     checkpoints: dict[int, int] = field(default_factory=dict[int, int])
     evaluation: Mapping[str, Any] = field(default_factory=dict[str, Any])
     best: Mapping[str, Any] | None = None

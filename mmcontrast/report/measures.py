@@ -141,8 +141,8 @@ def _draw(runs: Mapping[str, History], chart: Chart) -> Html:
     for (run, kind), curve in found.items():
         told = [run if len(runs) > 1 else "", kind if len(runs) == 1 or len(kinds) > 1 else ""]
         label = ": ".join(part for part in told if part)
-        own = colours(list(runs).index(run), kinds.index(kind), len(runs))
-        lines.append(line_of(curve, label, shown=chart.shown, **own))
+        colour, dash = style_of(list(runs).index(run), kinds.index(kind), len(runs))
+        lines.append(line_of(curve, label, colour=colour, dash=dash, shown=chart.shown))
     values = [v for line in lines for v in line.y if v is not None and v > 0]
     return line_chart(
         lines,
@@ -156,9 +156,9 @@ def _draw(runs: Mapping[str, History], chart: Chart) -> Html:
     )
 
 
-def colours(run: int, kind: int, runs: int) -> dict[str, int]:
-    """Of a line: by run where there are several, which dashes then tell apart within; otherwise by kind."""
-    return {"colour": run % COLOURS, "dash": kind} if runs > 1 else {"colour": kind % COLOURS, "dash": kind}
+def style_of(run: int, kind: int, runs: int) -> tuple[int, int]:
+    """Colour and dashes of a line: the colour tells runs apart where there are several, otherwise kinds."""
+    return (run if runs > 1 else kind) % COLOURS, kind
 
 
 def line_of(

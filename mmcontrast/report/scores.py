@@ -10,7 +10,7 @@ from mmcontrast.charts import Bar, Line, bars, line_chart
 from mmcontrast.eval.result import chance_of
 from mmcontrast.page import Html, Node, number, section, table, tag
 from mmcontrast.report.history import History
-from mmcontrast.report.measures import colours, line_of
+from mmcontrast.report.measures import line_of, style_of
 
 _ENDS = ("_low", "_high")
 _COUNTS = ("classes", "samples", "queries", "candidates", "pairs", "items", "positives", "labels")
@@ -146,15 +146,10 @@ def _chart(runs: Mapping[str, History], q: Question, stem: str, metrics: list[st
                 told = [name if len(runs) > 1 else "", kind if len(metrics) > 1 else ""]
                 label = ": ".join(part for part in told if part)
                 ends = [run.curves.get(f"{at}{end}") for end in _ENDS]
+                colour, dash = style_of(i, k, len(runs))
+                curve = run.curves[at]
                 lines.append(
-                    line_of(
-                        run.curves[at],
-                        label,
-                        low=ends[0],
-                        high=ends[1],
-                        dots=run.curves[at].count <= 60,
-                        **colours(i, k, len(runs)),
-                    )  # fmt: skip
+                    line_of(curve, label, colour=colour, dash=dash, low=ends[0], high=ends[1], dots=curve.count <= 60)
                 )
     chance: dict[str, float] = {}
     if len(metrics) == 1:
