@@ -96,7 +96,7 @@ def plane(data: Embedded, x: str, y: str) -> dict[str, Any] | None:
 
     Returns:
         `items` and `at` of up to 300 pairs, one of each modality, and the `shares` of the variance that the two
-        directions carry; None for fewer than three pairs or two dimensions.
+        directions carry; None for fewer than three pairs or two dimensions, or where all lie in one point.
     """
     rows = data.having(x, y)
     places = [torch.searchsorted(data.rows[m], rows) for m in (x, y)]
@@ -107,9 +107,12 @@ def plane(data: Embedded, x: str, y: str) -> dict[str, Any] | None:
     chosen, zx, zy = chosen[finite], zx[finite], zy[finite]
     if len(chosen) < 3 or zx.shape[1] < 2:
         return None
+    both = torch.cat([zx, zy]).double().cpu().numpy()
+    if not (np.ptp(both, axis=0) > 0).any():
+        return None  # all in one point
     from sklearn.decomposition import PCA
 
-    fitted = PCA(2, svd_solver="covariance_eigh").fit(torch.cat([zx, zy]).double().cpu().numpy())
+    fitted = PCA(2, svd_solver="covariance_eigh").fit(both)
     n = min(_DRAWN, len(chosen))
     at = [np.round(fitted.transform(z[:n].double().cpu().numpy()), 4).tolist() for z in (zx, zy)]
     items = [items_of(data, m, place[chosen[:n]]) for m, place in zip((x, y), places, strict=True)]
