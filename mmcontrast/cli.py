@@ -216,7 +216,7 @@ def caption(
 
 
 def _index() -> None:
-    """An index that knows its model: build, add, delete, merge, compact, search, show, serve."""
+    """An index that knows its model: build, add, delete, merge, compact, search, duplicates, link, serve, show."""
 
 
 def _check() -> None:

@@ -77,6 +77,7 @@ def test_the_fields_of_an_answer_are_as_described(served: Served) -> None:
     assert described["openapi"].startswith("3.") and set(described["paths"]) == {
         "/api/indices",
         "/api/search",
+        "/api/indices/{index}/columns",
         "/api/indices/{index}/samples",
         "/api/indices/{index}/samples/{sample_id}",
         "/api/indices/{index}/samples/{sample_id}/media/{modality}",

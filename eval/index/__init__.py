@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmcontrast.eval.index.build import build_index
     from mmcontrast.eval.index.change import add, compact, delete, merge
-    from mmcontrast.eval.index.search import Hit, Index
+    from mmcontrast.eval.index.query import Piece, Query
+    from mmcontrast.eval.index.search import Index
+    from mmcontrast.eval.index.stored import Hit, Stored
 
-__all__ = ["Hit", "Index", "add", "build_index", "compact", "delete", "merge"]
+__all__ = ["Hit", "Index", "Piece", "Query", "Stored", "add", "build_index", "compact", "delete", "merge"]
 
 _HOME = {
-    "Hit": "search",
+    "Hit": "stored",
     "Index": "search",
+    "Piece": "query",
+    "Query": "query",
+    "Stored": "stored",
     "add": "change",
     "build_index": "build",
     "compact": "change",

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mmcontrast.checkpoint import find_checkpoint, load_checkpoint
 from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import Reader
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import has
 from mmcontrast.eval.index.choice import choose
-from mmcontrast.eval.index.identity import identity_of, joint_of, libraries
+from mmcontrast.eval.index.identity import identity_of, libraries, open_model
 from mmcontrast.eval.index.partitions import POOL, Work, embed_partitions, read_parts
 from mmcontrast.eval.index.quality import Questions, ask, measure, tune
 from mmcontrast.eval.index.segment import FLAT, Part, Segment, entry_of, write_parts
@@ -57,7 +56,7 @@ class Queries:
 
 
 def build_index(
-    model_path: Path,
+    model_path: str | Path,
     shards: Sequence[str],
     out: Path,
     *,
@@ -79,7 +78,7 @@ def build_index(
     index, each left out of its own answers.
 
     Args:
-        model_path: run folder, or one of its step-N folders.
+        model_path: run folder or one of its step-N folders, or a foreign model; see `eval.models.load_asked`.
         shards: folders, globs, ranges, files or addresses.
         out: the index folder.
         modality: what is indexed; several joined by + are pooled into one vector per sample.
@@ -99,15 +98,14 @@ def build_index(
     asked = asked or Asked()
     if (out / MANIFEST).exists() and not overwrite:
         raise ConfigError(f"{out} exists; choose another folder, or replace it with --overwrite")
-    checkpoint = find_checkpoint(model_path)
-    model = load_checkpoint(checkpoint, trust=trust)
-    opened = open_shards(shards)
-    identity = identity_of(checkpoint, model, modality)
+    origin = open_model(model_path, trust=trust)
+    model, opened = origin.model, open_shards(shards)
+    identity = identity_of(origin, modality)
     _check_shards(opened, model, modality)
     choose(1, identity["dim"], **_wanted(asked))  # a setting that makes no sense is said before hours of work
     held_out = None if queries is None else given_queries(model, queries, query_modality)
     work = Work(
-        checkpoint=checkpoint,
+        model=origin.place,
         shards=opened,
         modality=modality,
         batch_size=batch_size,
@@ -123,8 +121,8 @@ def build_index(
         if held_out is None and modality != query_modality:
             held_out = own_texts(model, parts)
         about = identity | {
-            "model": str(checkpoint.resolve()),
-            "joint": joint_of(checkpoint),
+            "model": origin.place,
+            "joint": origin.joint,
             "sources": [{"shards": [absolute(s) for s in shards], "data": opened.fingerprint}],
             "skipped": [list(s) for s in skipped[:_SKIPPED_KEPT]],
             "skipped_count": len(skipped),

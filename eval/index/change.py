@@ -16,10 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmcontrast.checkpoint import find_checkpoint, load_checkpoint
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.eval.index.build import Asked, Queries, absolute, stored_queries, write_base
-from mmcontrast.eval.index.identity import check_same, identity_of, libraries
+from mmcontrast.eval.index.identity import check_same, identity_of, libraries, open_model
 from mmcontrast.eval.index.partitions import Work, embed_partitions, read_parts
 from mmcontrast.eval.index.segment import FLAT, Part, Segment, entry_of, write_deleted, write_parts
 from mmcontrast.eval.index.store import MANIFEST, PARTITIONS, Update, read_manifest, verify
@@ -36,7 +35,7 @@ def add(
     folder: Path,
     shards: Sequence[str],
     *,
-    model: Path | None = None,
+    model: str | Path | None = None,
     replace: bool = False,
     trust: Collection[str] = (),
     processes: int | None = None,
@@ -63,12 +62,11 @@ def add(
     opened = open_shards(shards)
     with Update(folder) as update:
         old = _standing(update)
-        checkpoint = find_checkpoint(model or Path(old["model"]))
-        loaded = load_checkpoint(checkpoint, trust=trust)
-        identity = identity_of(checkpoint, loaded, old["modality"])
-        check_same(old, identity, str(folder), str(checkpoint))
+        origin = open_model(model or old["model"], trust=trust)
+        identity = identity_of(origin, old["modality"])
+        check_same(old, identity, str(folder), origin.place)
         work = Work(
-            checkpoint=checkpoint,
+            model=origin.place,
             shards=opened,
             modality=old["modality"],
             source=len(old["sources"]),

@@ -1,10 +1,10 @@
-"""`mmcontrast index`: build, change, search. The command imports it at its start, so nothing heavy is imported here."""
+"""`mmcontrast index`: build, change, show. The command imports it at its start, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,49 +12,69 @@ import tyro
 
 from mmcontrast.arguments import write_json
 from mmcontrast.config import ConfigError
+from mmcontrast.eval.index.cli_ask import duplicates, link, search, serve
 
 Positional = tyro.conf.Positional
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What is wanted of the structure."""
+
+    kind: Annotated[str | None, tyro.conf.arg(name="type")] = None
+    """Structure in FAISS's language, such as HNSW32 or IVF4096,SQ8. `auto` chooses, and explains the choice."""
+    memory: str | None = None
+    """That the structure may take, such as 800MB or 2GB; half of this machine's if nothing else was asked for."""
+    recall: float | None = None
+    """recall@10 that is asked for, on the queries; 0.95 if nothing else was asked for."""
+    searches: int | None = None
+    """That will come before the index is built anew; few of them make an exact search worth its time."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples are embedded."""
+
+    processes: int | None = None
+    """That encode, each with a model of its own; by default one per GPU."""
+    workers: int = 0
+    """Processes that read and decode, for each that encodes."""
+    batch_size: int = 128
+    """Samples encoded at once."""
+    trust: tuple[str, ...] = ()
+    """Modules or .py files whose classes the run's config may name."""
+
+
+Structured = Annotated[Structure, tyro.conf.arg(name="")]
+Encoded = Annotated[Encoding, tyro.conf.arg(name="")]
+
+
 def build(
-    model: Positional[Path],
+    model: Positional[str],
     shards: Positional[str],
     out: Positional[Path],
     modality: str = "image",
-    kind: Annotated[str | None, tyro.conf.arg(name="type")] = None,
-    memory: str | None = None,
-    recall: float = 0.95,
-    searches: int | None = None,
     queries: str | None = None,
     query_modality: str = "text",
     overwrite: bool = False,
-    processes: int | None = None,
-    workers: int = 0,
-    batch_size: int = 128,
+    structure: Structured = Structure(),
+    encoding: Encoded = Encoding(),
     json_file: Json = None,
-    trust: tuple[str, ...] = (),
 ) -> None:
     """Embed shards with a trained model and index them. A build that was ended goes on where it was.
 
     Args:
-        model: run folder, or one of its step-N folders.
+        model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
         shards: folder, glob or range.
         out: the index folder.
         modality: what to index; image+text pools a sample's picture and text into one vector.
-        kind: structure in FAISS's language, such as HNSW32 or IVF4096,SQ8; by default it is chosen, and the choice
-            explained.
-        memory: that the structure may take, such as 800MB or 2GB; by default half of this machine's.
-        recall: recall@10 that is asked for, on the queries.
-        searches: that will come before the index is built anew; few of them make an exact search worth its time.
         queries: a text file with a query on each line, or shards; by default the texts of the samples.
         query_modality: what the queries are.
         overwrite: replace an index that is there.
-        processes: that encode, each with a model of its own; by default one per GPU.
-        workers: processes that read and decode, for each that encodes.
-        batch_size: samples encoded at once.
+        structure: see there.
+        encoding: see there.
         json_file: also write the manifest here.
-        trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.index.build import Asked, build_index
 
@@ -63,15 +83,12 @@ def build(
         [shards],
         out,
         modality=modality,
-        asked=Asked(kind, _bytes(memory), recall, searches),
+        asked=_asked(structure) or Asked(),
         queries=queries,
         query_modality=query_modality,
         overwrite=overwrite,
-        trust=trust,
-        processes=processes,
-        workers=workers,
-        batch_size=batch_size,
         progress=sys.stderr.isatty(),
+        **vars(encoding),
     )
     _say(out, found)
     write_json(json_file, found)
@@ -81,12 +98,9 @@ def add(
     index: Positional[Path],
     shards: Positional[str],
     replace: bool = False,
-    model: Path | None = None,
-    processes: int | None = None,
-    workers: int = 0,
-    batch_size: int = 128,
+    model: str | None = None,
+    encoding: Encoded = Encoding(),
     json_file: Json = None,
-    trust: tuple[str, ...] = (),
 ) -> None:
     """Embed the samples of some shards into an index; whoever searches it goes on meanwhile.
 
@@ -95,25 +109,12 @@ def add(
         shards: folder, glob or range.
         replace: samples take the place of those of the same key.
         model: where the model lies now, if it moved.
-        processes: that encode, each with a model of its own; by default one per GPU.
-        workers: processes that read and decode, for each that encodes.
-        batch_size: samples encoded at once.
+        encoding: see there.
         json_file: also write the manifest here.
-        trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.index.change import add as change
 
-    found = change(
-        index,
-        [shards],
-        model=model,
-        replace=replace,
-        trust=trust,
-        processes=processes,
-        workers=workers,
-        batch_size=batch_size,
-        progress=sys.stderr.isatty(),
-    )
+    found = change(index, [shards], model=model, replace=replace, progress=sys.stderr.isatty(), **vars(encoding))
     print(_counts(index, found))
     write_json(json_file, found)
 
@@ -145,55 +146,35 @@ def delete(
     write_json(json_file, found)
 
 
-def compact(
-    index: Positional[Path],
-    kind: Annotated[str | None, tyro.conf.arg(name="type")] = None,
-    memory: str | None = None,
-    recall: float | None = None,
-    searches: int | None = None,
-    json_file: Json = None,
-) -> None:
+def compact(index: Positional[Path], structure: Structured = Structure(), json_file: Json = None) -> None:
     """Drop what was deleted, and choose and measure the structure anew; without settings as the index was built.
 
     Args:
         index: the index folder.
-        kind: structure in FAISS's language; auto chooses.
-        memory: that the structure may take, such as 800MB or 2GB.
-        recall: recall@10 that is asked for.
-        searches: that will come before the index is built anew.
+        structure: see there.
         json_file: also write the manifest here.
     """
     from mmcontrast.eval.index.change import compact as change
 
-    found = change(index, asked=_asked(kind, memory, recall, searches), progress=sys.stderr.isatty())
+    found = change(index, asked=_asked(structure), progress=sys.stderr.isatty())
     _say(index, found)
     write_json(json_file, found)
 
 
 def merge(
-    indices: Positional[tuple[Path, ...]],
-    out: Path,
-    kind: Annotated[str | None, tyro.conf.arg(name="type")] = None,
-    memory: str | None = None,
-    recall: float | None = None,
-    searches: int | None = None,
-    json_file: Json = None,
+    indices: Positional[tuple[Path, ...]], out: Path, structure: Structured = Structure(), json_file: Json = None
 ) -> None:
     """Make one index of several of the same model: mmcontrast index merge A B --out C.
 
     Args:
         indices: index folders; they stay as they are.
         out: the new one.
-        kind: structure in FAISS's language; auto chooses.
-        memory: that the structure may take, such as 800MB or 2GB.
-        recall: recall@10 that is asked for.
-        searches: that will come before the index is built anew.
+        structure: see there; by default as the first one was built.
         json_file: also write the manifest here.
     """
     from mmcontrast.eval.index.change import merge as change
 
-    asked = _asked(kind, memory, recall, searches)
-    found = change(indices, out, asked=asked, progress=sys.stderr.isatty())
+    found = change(indices, out, asked=_asked(structure), progress=sys.stderr.isatty())
     _say(out, found)
     write_json(json_file, found)
 
@@ -217,77 +198,6 @@ def show(index: Positional[Path], json_file: Json = None) -> None:
     write_json(json_file, found)
 
 
-def search(
-    index: Positional[Path],
-    queries: Positional[tuple[str, ...]],
-    modality: str = "text",
-    top: int = 5,
-    model: Path | None = None,
-    html: Path | None = None,
-    json_file: Json = None,
-    trust: tuple[str, ...] = (),
-) -> None:
-    """Search an index with texts or pictures.
-
-    Args:
-        index: what `index build` wrote.
-        queries: texts; or files, if the modality is not text.
-        modality: what the queries are.
-        top: answers per query.
-        model: where the model lies now, if it moved.
-        html: also write a page with the pictures.
-        json_file: also write the answers here.
-        trust: modules or .py files whose classes the run's config may name.
-    """
-    from mmcontrast.eval.index.search import Index
-    from mmcontrast.eval.report import search_page
-
-    if not queries:
-        raise ConfigError("search needs at least one query: mmcontrast index search INDEX QUERY…")
-    opened = Index(index, model=model, trust=trust)
-    answers = opened.search(modality, queries, top=top)
-    for query, hits in zip(queries, answers, strict=True):
-        print(query)
-        for place, hit in enumerate(hits, 1):
-            print(f"  {place}. {hit.score:.3f}  {hit.key}  {hit.text or ''}")
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(search_page(opened, queries, answers), "utf-8")
-        print(f"wrote {html}", file=sys.stderr)
-    write_json(
-        json_file,
-        [{"query": q, "hits": [asdict(h) for h in hits]} for q, hits in zip(queries, answers, strict=True)],
-    )
-
-
-def serve(
-    indices: Positional[tuple[Path, ...]],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    allow_host: tuple[str, ...] = (),
-    model: tuple[Path, ...] = (),
-    trust: tuple[str, ...] = (),
-) -> None:
-    """Search indices on a page of one's own: with words, pictures, sounds and signals; and by a JSON API.
-
-    Args:
-        indices: what `index build` wrote; two of them can be looked at side by side.
-        host: address to listen at. The default answers this machine alone; there is no password.
-        port: to listen at; 0 takes a free one.
-        allow_host: further names by which the server is reached, as behind a proxy.
-        model: where the models lie now, if they moved: one for each index, or one for all.
-        trust: modules or .py files whose classes the runs' configs may name.
-    """
-    try:
-        from mmcontrast.eval.serve.app import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn"):
-            raise
-        raise ConfigError("the page is served by FastAPI: pip install 'mmcontrast[serve]'") from None
-
-    run(indices, host=host, port=port, names=allow_host, models=model, trust=trust)
-
-
 INDEX: dict[str, Callable[..., None]] = {
     "build": build,
     "add": add,
@@ -295,6 +205,8 @@ INDEX: dict[str, Callable[..., None]] = {
     "merge": merge,
     "compact": compact,
     "search": search,
+    "duplicates": duplicates,
+    "link": link,
     "serve": serve,
     "show": show,
 }
@@ -328,13 +240,14 @@ def _counts(folder: Path, manifest: Mapping[str, Any]) -> str:
     return f"{folder}: {manifest['count']} vectors of {manifest['modality']}, {manifest['type']}{skipped}{since}"
 
 
-def _asked(kind: str | None, memory: str | None, recall: float | None, searches: int | None) -> Any:
+def _asked(structure: Structure) -> Any:
     """What is wanted of a structure; None where nothing is said, and what was asked before counts."""
     from mmcontrast.eval.index.build import Asked
 
-    if kind is None and memory is None and recall is None and searches is None:
+    if structure == Structure():
         return None
-    return Asked(kind, _bytes(memory), 0.95 if recall is None else recall, searches)
+    s = structure
+    return Asked(s.kind, _bytes(s.memory), 0.95 if s.recall is None else s.recall, s.searches)
 
 
 def _bytes(text: str | None) -> int | None:

@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmcontrast.batch import Batch
-from mmcontrast.checkpoint import load_checkpoint, sync
+from mmcontrast.checkpoint import sync
 from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import Example, Reader
 from mmcontrast.decode import DECODERS
@@ -35,6 +35,7 @@ from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.index.rows import table_of
 from mmcontrast.eval.index.segment import Part, write_rows
 from mmcontrast.eval.index.vectors import open_vectors, write_vectors
+from mmcontrast.eval.models import load_asked
 from mmcontrast.shards import FORMATS, BadSample, ShardSet
 
 SAMPLES = 8192
@@ -47,7 +48,7 @@ class Work:
     """What is embedded, and by whom.
 
     Attributes:
-        checkpoint: of the model.
+        model: where it is, as `eval.models.load_asked` takes it.
         shards: the samples.
         modality: of the model, or several joined by +.
         source: number of these shards in the index.
@@ -57,7 +58,7 @@ class Work:
         trust: modules whose classes the model's config may name.
     """
 
-    checkpoint: Path
+    model: str
     shards: ShardSet
     modality: str
     source: int = 0
@@ -177,7 +178,7 @@ def _listen(pipes: Sequence[Any], add: Callable[[int], None]) -> None:
 
 def _encode(folder: Path, work: Work, rank: int, add: Callable[[int], None]) -> None:
     """Embed every partition that nobody has embedded and nobody is embedding."""
-    model = load_checkpoint(work.checkpoint, trust=work.trust)
+    model = load_asked(work.model, trust=work.trust).model
     if torch.cuda.is_available():
         model.to(f"cuda:{rank % torch.cuda.device_count()}")
     names = work.modality.split(POOL)
@@ -221,7 +222,7 @@ def _write(
     try:
         write_vectors(path.with_suffix(".npy"), z, model.config.dim)
     except ConfigError as error:
-        raise ConfigError(f"{work.checkpoint}: {error}") from None
+        raise ConfigError(f"{work.model}: {error}") from None
     write_rows(path.with_suffix(".parquet"), [table], table.schema)
     for end in (".npy", ".parquet"):
         sync(path.with_suffix(end))

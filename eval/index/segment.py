@@ -28,6 +28,7 @@ from mmcontrast.eval.index.vectors import (
     Floats,
     Ints,
     block_rows,
+    forget,
     nearest,
     open_vectors,
     scores_of,
@@ -79,6 +80,7 @@ class Part:
         for start in range(0, n, step):
             places = slice(start, start + step) if self.keep is None else self.keep[start : start + step]
             yield np.asarray(self.vectors[places])
+            forget(self.vectors)
 
     def table(self) -> pa.Table:
         """The kept rows."""

@@ -53,11 +53,11 @@ def write_structure(folder: Path, factory: str, *, progress: bool = False) -> No
 def _sample(path: Path, n: int, rows: int) -> Floats:
     """Rows drawn without replacement, in their order; the same ones each time."""
     chosen = np.sort(np.random.default_rng(0).choice(n, rows, replace=False))
-    parts: list[Floats] = []
+    sample = np.empty((rows, open_vectors(path).shape[1]), np.float32)
     for first, block in read_blocks(path):
-        here = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + len(block))]
-        parts.append(block[here - first])
-    return np.concatenate(parts)
+        start, stop = np.searchsorted(chosen, [first, first + len(block)])
+        sample[start:stop] = block[chosen[start:stop] - first]
+    return sample
 
 
 def _fit_rotation(structure: Any) -> Any:

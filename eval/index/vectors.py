@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from importlib import import_module
+from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def open_vectors(path: Path, *, dtypes: tuple[str, ...] = ("<f4",)) -> NDArray[A
     if not shape[0]:
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype, "r", start, shape)
+
+
+def forget(vectors: NDArray[Any]) -> None:
+    """Give the pages of mapped vectors back: those that were read would count as ours until the map is closed."""
+    if isinstance(vectors.base, mmap):
+        vectors.base.madvise(MADV_DONTNEED)
 
 
 def read_blocks(path: Path) -> Iterator[tuple[int, Floats]]:

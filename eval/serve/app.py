@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,7 +19,7 @@ from starlette.exceptions import HTTPException
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.eval.index.search import Index
 from mmcontrast.eval.serve.guard import Guard, is_loopback
-from mmcontrast.eval.serve.schema import ID, Description, Hits, Part, Plot, Problem, Sample, Search
+from mmcontrast.eval.serve.schema import ID, Column, Description, Hits, Part, Plot, Problem, Sample, Search
 from mmcontrast.eval.serve.shelf import NotFound, Shelf
 
 _PAGE = Path(__file__).parent / "page"
@@ -41,7 +40,7 @@ _Id = Annotated[str, PathParameter(pattern=ID)]
 
 
 def open_shelves(
-    folders: Sequence[Path], *, models: Sequence[Path] = (), trust: Collection[str] = ()
+    folders: Sequence[Path], *, models: Sequence[str | Path] = (), trust: Collection[str] = ()
 ) -> dict[str, Shelf]:
     """Open indices under short names: the folder's, with its parent's where two are called the same.
 
@@ -106,10 +105,11 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
 
     def search(query: Search) -> Hits:
         """The samples nearest to a query of texts, files and stored samples."""
-        asked = shelf(query.index)
-        begun = time.perf_counter()
-        hits = asked.search(query.parts, top=query.top, others=shelves)
-        return Hits(index=query.index, milliseconds=round(1000 * (time.perf_counter() - begun), 1), hits=hits)
+        return shelf(query.index).search(query, others=shelves)
+
+    def columns(index: str) -> list[Column]:
+        """The columns of the metadata that a filter may ask for, and what is in them."""
+        return shelf(index).columns()
 
     def samples(
         index: str, count: Annotated[int, Query(ge=1, le=100)] = 12, seed: Annotated[int, Query(ge=0, le=2**53)] = 0
@@ -139,6 +139,7 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
     routes: list[tuple[str, Callable[..., Any]]] = [
         ("/api/indices", indices),
         ("/api/search", search),
+        ("/api/indices/{index}/columns", columns),
         ("/api/indices/{index}/samples", samples),
         (one, sample),
         (one + "/plot/{modality}", plot),
@@ -225,7 +226,7 @@ def run(
     host: str,
     port: int,
     names: Collection[str] = (),
-    models: Sequence[Path] = (),
+    models: Sequence[str | Path] = (),
     trust: Collection[str] = (),
 ) -> None:
     """Serve until interrupted.

@@ -10,6 +10,7 @@ MAX_TEXT = 4_000
 MAX_FILE_BYTES = 16 << 20
 MAX_PARTS = 8
 MAX_TOP = 200
+MAX_WHERE = 2_000
 MAX_NAMES = 64  # channels of a signal that a query names
 ID = r"^\d{1,9}-\d{1,18}$"
 """Of a sample: a source of the index, and its place there."""
@@ -46,11 +47,27 @@ class Part(_Strict):
 
 
 class Search(_Strict):
-    """A query. Several parts are sought together: their embeddings are added by weight."""
+    """A query. Several parts are sought together."""
 
     index: Annotated[str, Field(max_length=200)]
     parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 24
+    where: Annotated[
+        str | None,
+        Field(
+            max_length=MAX_WHERE,
+            description="Answers must pass this filter on the columns: label = 'dog' and rate >= 16000; also !=, in "
+            "('a', 'b'), not, or, is null.",
+        ),
+    ] = None
+    joint: Annotated[
+        Literal["auto", "sum", "product"],
+        Field(
+            description="How parts are brought together: by the sum of their embeddings, by weight, or by the product "
+            "of the modalities that is Symile's score. `auto` takes the product where the model was trained so and "
+            "all other modalities are given."
+        ),
+    ] = "auto"
 
 
 class Medium(BaseModel):
@@ -72,17 +89,41 @@ class Sample(BaseModel):
 
 
 class Hit(Sample):
-    """An answer; the score is the cosine of the query's embedding and the sample's."""
+    """An answer; the score is the cosine of the query's embedding and the sample's, or for a product Symile's score."""
 
     score: float
 
 
 class Hits(BaseModel):
-    """Answers, best first, and how long they took to find."""
+    """Answers, best first, and how long they took to find; `passing` is how many samples pass the filter."""
 
     index: str
     milliseconds: float
+    joint: Literal["sum", "product"]
+    passing: int
     hits: list[Hit]
+
+
+class Value(BaseModel):
+    """A value of a column, and how many samples have it."""
+
+    value: str | bool
+    count: int
+
+
+class Column(BaseModel):
+    """A column of the metadata that a filter may ask for.
+
+    `values` are the most frequent ones, none where there are so many that nobody would choose from them; `low` and
+    `high` the ends of a column of numbers; `lacking` the samples without a value.
+    """
+
+    name: str
+    kind: str
+    values: list[Value]
+    low: float | None
+    high: float | None
+    lacking: int
 
 
 class Tower(BaseModel):

@@ -9,9 +9,8 @@ import base64
 import binascii
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
@@ -23,12 +22,28 @@ from mmcontrast.data.reader import SIGNAL
 from mmcontrast.decode import Picture, Sound
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.timeseries import SignalTransform
+from mmcontrast.eval.index.facets import Facet, facets
+from mmcontrast.eval.index.identity import shown_name
+from mmcontrast.eval.index.query import bring_together
 from mmcontrast.eval.index.rows import COLUMNS
 from mmcontrast.eval.index.search import Index
 from mmcontrast.eval.serve import media
 from mmcontrast.eval.serve.rows import Place, Rows
 from mmcontrast.eval.serve.samples import Samples
-from mmcontrast.eval.serve.schema import MAX_FILE_BYTES, Description, Hit, Model, Part, Plot, Sample, Tower
+from mmcontrast.eval.serve.schema import (
+    MAX_FILE_BYTES,
+    Column,
+    Description,
+    Hit,
+    Hits,
+    Model,
+    Part,
+    Plot,
+    Sample,
+    Search,
+    Tower,
+    Value,
+)
 from mmcontrast.shards import FORMATS, BadSample
 from mmcontrast.signals import Signal, signal
 
@@ -45,6 +60,7 @@ class _Opened:
     def __init__(self, shelf: Shelf) -> None:
         m, model = shelf.index.manifest, shelf.index.model
         self.rows = Rows(shelf.index)
+        self.columns: list[Column] | None = None
         self.samples = Samples([(source["shards"], source["data"]) for source in m["sources"]], shelf.names)
         self.description = Description(
             name=shelf.name,
@@ -55,9 +71,8 @@ class _Opened:
             type=m["type"],
             recall_at_10=m["quality"].get("recall_at_10"),
             readable=self.samples.readable,
-            # Its run and step; where on the disk they lie is nobody's business.
             model=Model(
-                name="/".join(Path(m["model"]).parts[-2:]),
+                name=shown_name(m["model"]),
                 hash=m["model_hash"],
                 towers=[_tower(model, name) for name in shelf.kinds],
             ),
@@ -96,41 +111,51 @@ class Shelf:
 
     # -------------------------------------------------------------------------------------------- queries
 
-    def search(self, parts: Sequence[Part], *, top: int, others: Mapping[str, Shelf]) -> list[Hit]:
+    def search(self, query: Search, *, others: Mapping[str, Shelf]) -> Hits:
         """The nearest samples to all parts together, best first; never one that a part names.
 
         Args:
-            parts: of the query.
-            top: answers at most.
+            query: what is asked.
             others: the indices whose samples a part may name.
 
         Raises:
-            ConfigError: a part that cannot be used, or parts that cancel each other.
+            ConfigError: a part that cannot be used, parts that cannot be brought together, or no filter.
             NotFound: a part names a sample or an index that is not there.
         """
-        total, now = np.zeros(self.index.manifest["dim"], np.float32), self.now
-        for number, part in enumerate(parts, 1):
+        begun, now = time.perf_counter(), self.now
+        pieces: list[tuple[str, NDArray[np.float32], float]] = []
+        for number, part in enumerate(query.parts, 1):
             try:
-                total += part.weight * self._embedding(part, now, others)
+                pieces.append((*self._embedding(part, now, others), part.weight))
             except BadSample as error:
-                which = f"part {number} of the query" if len(parts) > 1 else "the query"
+                which = f"part {number} of the query" if len(query.parts) > 1 else "the query"
                 raise ConfigError(f"{which} cannot be used: {error}") from None
-        norm = float(np.linalg.norm(total))
-        if not norm > 1e-6:
-            raise ConfigError("the parts of the query cancel each other; change a weight, or leave one out")
-        named = [p.like for p in parts if p.like is not None and others.get(p.of or "", self) is self]
+        m = self.index.manifest
+        z, joint = bring_together(pieces, query.joint, trained=m["joint"], target=m["modality"], modalities=self.kinds)
+        named = [p.like for p in query.parts if p.like is not None and others.get(p.of or "", self) is self]
         with self._searching:
-            hits = self.index.search_vectors((total / norm)[None], top=top + len(named))[0]
+            hits = self.index.search_vectors(z[None], top=query.top + len(named), where=query.where)[0]
+            passing = len(self.index) if query.where is None else self.index.count(query.where)
             now = self._opened  # of the generation that was searched
         found = [(Place(hit.source, hit.position), hit) for hit in hits]
-        shown = [(place, hit) for place, hit in found if str(place) not in named][:top]
-        return [
+        shown = [(place, hit) for place, hit in found if str(place) not in named][: query.top]
+        answers = [
             Hit(score=round(hit.score, 6), **self._facts(now, place, hit.key, hit.shard, hit.text, hit.metadata))
             for place, hit in shown
         ]
+        milliseconds = round(1000 * (time.perf_counter() - begun), 1)
+        return Hits(index=self.name, milliseconds=milliseconds, joint=joint, passing=passing, hits=answers)
 
-    def _embedding(self, part: Part, now: _Opened, others: Mapping[str, Shelf]) -> NDArray[np.float32]:
-        """[D], unit norm."""
+    def columns(self) -> list[Column]:
+        """What a filter may ask for."""
+        now = self.now
+        with self._searching:
+            if now.columns is None:
+                now.columns = [_column(facet) for facet in facets(self.index)]
+            return now.columns
+
+    def _embedding(self, part: Part, now: _Opened, others: Mapping[str, Shelf]) -> tuple[str, NDArray[np.float32]]:
+        """The modality that a part is of, and its embedding [D], unit norm."""
         given = [name for name in ("text", "data", "like") if getattr(part, name) is not None]
         if len(given) != 1:
             raise BadSample(f"it has {' and '.join(given) or 'nothing'}; give one of text, data and like")
@@ -139,7 +164,9 @@ class Shelf:
                 raise NotFound(f"there is no index {part.of!r}{suggest(part.of, others)}")
             origin = others[part.of] if part.of is not None else self
             if origin is self:
-                return now.rows.vector(self._row(now, part.like))
+                row = self._row(now, part.like)
+                with self._searching:
+                    return self.index.manifest["modality"], self.index.vector(row)
             return self._encoded(*self._from(origin, part.like))
         modality, kind = self._asked(part)
         if (kind == "text") != (part.text is not None):
@@ -149,9 +176,9 @@ class Shelf:
             raise BadSample("its text is empty")
         return self._encoded(modality, value)
 
-    def _encoded(self, modality: str, value: Any) -> NDArray[np.float32]:
+    def _encoded(self, modality: str, value: Any) -> tuple[str, NDArray[np.float32]]:
         with self._encoding:
-            return self.index.model.encode(modality, [value])[0].numpy()
+            return modality, self.index.model.encode(modality, [value])[0].numpy()
 
     def _from(self, origin: Shelf, sample: str) -> tuple[str, Any]:
         """A sample of another index as this one's model can take it: what that index is of, or else what there is."""
@@ -279,7 +306,7 @@ class Shelf:
 
     def _sample(self, now: _Opened, row: int) -> Sample:
         with self._searching:
-            facts = now.rows.facts(row)
+            facts = self.index.facts(row)
         key, shard, source, position, text = (facts.pop(name) for name in COLUMNS.names)
         meta = {name: value for name, value in facts.items() if value is not None}
         return Sample(**self._facts(now, Place(source, position), key, shard, text, meta))
@@ -296,6 +323,12 @@ class Shelf:
             "media": now.samples.media(place),
             "metadata": media.metadata(meta),
         }
+
+
+def _column(facet: Facet) -> Column:
+    values = [Value(value=media.text(v) if isinstance(v, str) else v, count=n) for v, n in facet.values]
+    name, f = media.text(facet.name), facet
+    return Column(name=name, kind=f.kind, values=values, low=f.low, high=f.high, lacking=f.lacking)
 
 
 def _tower(model: MultiEncoder, name: str) -> Tower:
