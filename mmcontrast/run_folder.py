@@ -30,7 +30,7 @@ PACKAGES = ("mmcontrast", "torch", "accelerate", "numpy", "timm", "transformers"
 FREE = (
     *("out", "evaluators", "eval_every", "log_every", "trackers", "checkpoint", "not_finite", "max_not_finite"),
     *("block", "keep_bytes", "micro_batch", "tower_micro_batch", "keep_graphs", "keep_graph_bytes", "health"),
-    *("parallel", "reshard"),
+    *("parallel", "reshard", "checkpoint_activations", "compile", "compile_mode"),
 )
 """Settings that may be others when a run goes on."""
 # Which data they are, the fingerprint says.

@@ -33,6 +33,7 @@ from mmcontrast.data.stream import Batches
 from mmcontrast.data.tally import Tally
 from mmcontrast.ema import EMA
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.execution import CompileMode, compile_blocks, recompute
 from mmcontrast.health.measure import gradient_norms, measure
 from mmcontrast.health.pulse import Pulse
 from mmcontrast.health.rules import Health
@@ -117,6 +118,12 @@ class Trainer(Configurable):
         """On several ranks: whole weights on each, or a part on each; changes no gradient."""
         reshard: bool = False
         """With fsdp, let go of gathered weights between micro-batches: least memory, but each gathers them anew."""
+        checkpoint_activations: tuple[str, ...] = ()
+        """Modalities, or "all", of whose towers only the inputs of blocks are kept: less memory, a third more work."""
+        compile: bool = False
+        """Compile the towers' blocks by torch.compile; changes a gradient by rounding alone."""
+        compile_mode: CompileMode = "default"
+        """How hard the compiler tries."""
         not_finite: Literal["raise", "skip"] = "raise"
         """What to do where loss or gradient are not finite: end the run, or leave the step out."""
         max_not_finite: int = 10
@@ -200,7 +207,11 @@ class Trainer(Configurable):
         self.measured: dict[str, float] = {}  # of the step that is done, now and then
 
     def _lay_out(self, optimizer: Optimizer) -> Layout:
-        """Put the weights where they will be; one process has nothing to share."""
+        """Choose how towers run, and put the weights where they will be; one process has nothing to share."""
+        towers = {m: self.model.encoder(m) for m in self.model.modalities}
+        if self.config.compile:
+            compile_blocks(towers, self.config.compile_mode)
+        recompute(towers, self.config.checkpoint_activations)
         if self.config.parallel == "ddp" or self.world.size == 1:
             return Whole(self.accelerator, self.model)
         layout = Sharded(self.accelerator, self.model, reshard=self.config.reshard)

@@ -56,7 +56,8 @@ KINDS: dict[str, Callable[[], Trainer.Config]] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"parallel": "fsdp"},
-    "resharded": {"parallel": "fsdp", "reshard": True},
+    "lean": {"parallel": "fsdp", "reshard": True, "checkpoint_activations": ("all",)},
+    "compiled": {"parallel": "fsdp", "compile": True},
 }
 
 

@@ -41,12 +41,13 @@ MAY = {
     "interrupts": {"config"},
     "not_finite": {"batch"},
     "run_folder": {"config", "checkpoint", "sharding"},
+    "execution": {"config", "encoders"},
     "parallel": {"config", "encoders", "optim"},
     "settings": {"config", "cached", "encoders", "objectives"},
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
     | {"interrupts", "not_finite", "run_folder", "settings"}
-    | {"schedules", "ema", "progress", "parallel"},
+    | {"schedules", "ema", "progress", "parallel", "execution"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
     "tables": {"config"},

@@ -18,7 +18,7 @@ from tests.test_trainer import assert_equal
 ON_TWO = (
     "shapes:ddp:ddp2",
     "shapes:fsdp:fsdp2",
-    "shapes:resharded:resharded2",
+    "shapes:lean:lean2",
     "captions:fsdp:captions2",
     "adapted:fsdp:adapted2",
     "averaged:fsdp:averaged2",
@@ -60,7 +60,7 @@ def stored(run: Path, step: int = STEPS, files: tuple[str, ...] = ("model", "obj
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        *((name, "one") for name in ("ddp2", "fsdp2", "resharded2", "ddp4", "fsdp4", "from_ddp2", "from_1")),
+        *((name, "one") for name in ("ddp2", "fsdp2", "lean2", "ddp4", "fsdp4", "from_ddp2", "from_1")),
         *((f"{name}2", name) for name in ("captions", "adapted", "averaged", "lars")),
         *((name, "averaged") for name in ("from_fsdp2", "from_fsdp2_on_4")),
     ],
@@ -79,7 +79,7 @@ def test_a_run_is_the_same_however_its_weights_lie(runs: Path, name: str, want: 
 
 def test_weights_are_spread(runs: Path) -> None:
     """Or else all of the above could be replicas."""
-    for name, ranks in (("fsdp2", 2), ("resharded2", 2), ("captions2", 2), ("fsdp4", 4)):
+    for name, ranks in (("fsdp2", 2), ("lean2", 2), ("captions2", 2), ("fsdp4", 4)):
         count, share = (runs / name / "share.txt").read_text().split()
         assert int(count) > 10 and float(share) == pytest.approx(1 / ranks, rel=0.1)
     assert (runs / "ddp2" / "share.txt").read_text().startswith("0 ")

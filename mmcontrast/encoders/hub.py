@@ -60,7 +60,8 @@ def load_half(
 
     try:
         config = AutoConfig.from_pretrained(origin)
-        for name, value in (changes or {}).items():
+        # A decoder would keep keys and values of every layer, and add to them when a layer is recomputed.
+        for name, value in {"use_cache": False, **(changes or {})}.items():
             if hasattr(config, name):
                 setattr(config, name, value)
         if weights:
