@@ -68,7 +68,9 @@ def _blocks(towers: Mapping[str, nn.Module], names: Sequence[str], setting: str)
         if name not in towers:
             raise ConfigError(f"{setting} names {name!r}{suggest(name, [*towers, 'all'])}")
         if not found[name]:
-            raise ConfigError(f"{setting}: {type(towers[name]).__name__} of {name!r} is no stack of blocks; leave it out")
+            raise ConfigError(
+                f"{setting}: {type(towers[name]).__name__} of {name!r} is no stack of blocks; leave it out"
+            )
     if names and not any(found.values()):
         raise ConfigError(f"{setting}: no tower is a stack of blocks; leave it out")
     return [block for name, own in found.items() if everything or name in names for block in own]

@@ -6,8 +6,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmcontrast.checkpoint import Checkpoints, list_checkpoints, read_config, read_state, replace_text
 from mmcontrast.config import ConfigError
+from mmcontrast.lock import alone
 from mmcontrast.sharding import World
 
 T = TypeVar("T")
@@ -43,6 +44,19 @@ class RunFolder:
     def __init__(self, path: Path, checkpoint: Checkpoints.Config, world: World) -> None:
         self.path, self.world = path, world
         self.checkpoints: Checkpoints = checkpoint.build(path)
+
+    @contextmanager
+    def alone(self) -> Generator[None]:
+        """Keep others from training in the folder.
+
+        Raises:
+            ConfigError: another process does.
+            OSError: it cannot be made.
+        """
+        held = ExitStack()
+        self._first(lambda: held.enter_context(alone(self.path)))
+        with held:
+            yield
 
     def open(self, config: Mapping[str, Any], save_assets: Callable[[Path], None]) -> Path | None:
         """Write `config.json` and the towers' assets, or check that the run in the folder has these settings.
@@ -160,8 +174,6 @@ class RunFolder:
 
     def _claim(self, config: Mapping[str, Any], save_assets: Callable[[Path], None]) -> None:
         out = self.path
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out} is a file; name a folder with --out")
         if (out / "config.json").exists() and list_checkpoints(out):
             changed = differences(read_config(out), config)
             if changed:

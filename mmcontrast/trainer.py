@@ -38,6 +38,7 @@ from mmcontrast.health.measure import gradient_norms, measure
 from mmcontrast.health.pulse import Pulse
 from mmcontrast.health.rules import Health
 from mmcontrast.interrupts import Interrupted, Interrupts
+from mmcontrast.launch import check_launch
 from mmcontrast.not_finite import describe, write
 from mmcontrast.objectives.base import Objective
 from mmcontrast.optim import (
@@ -161,12 +162,9 @@ class Trainer(Configurable):
             log_with=list(config.trackers) or None,
             project_dir=str(config.out),
         )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.accelerator.num_processes:
-            raise ConfigError(
-                f"{launched} processes were launched but this one sees {self.accelerator.num_processes}: they would "
-                "train apart. Launch with `torchrun --nproc_per_node N -m mmcontrast train …`"
-            )
+        check_launch(
+            self.accelerator.num_processes, os.environ, launcher=_launcher(), gpus=torch.accelerator.device_count()
+        )
         self.world = World()
         self.device = self.accelerator.device
         if config.global_batch % self.world.size:
@@ -236,10 +234,15 @@ class Trainer(Configurable):
         """Train to the last step, from the newest checkpoint if there is one; returns the last values.
 
         Raises:
-            ConfigError: the run folder belongs to other settings or data, or too many samples are damaged.
+            ConfigError: the run folder belongs to other settings or data or to a run that goes on, or too many samples
+                are damaged.
             FloatingPointError: the loss or a gradient is not finite; the weights are as before that step.
             Interrupted: SIGTERM came; the run has saved.
         """
+        with self.folder.alone():
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         first = self._resume()
         steps = self.config.steps
         if self.is_main:
@@ -500,6 +503,17 @@ class Trainer(Configurable):
         tally, sizes = self.tallied(), {s.name: s.order.per_epoch for s in self.stream.sources}
         tally.check(step * self.config.global_batch, self.config.data.max_bad_fraction)
         return tally.values(self.stream.seen(step), sizes)
+
+
+def _launcher() -> list[str]:
+    """The command line of the process that has started this one."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        return [] if parent is None else parent.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _check(config: Trainer.Config) -> None:

@@ -40,14 +40,16 @@ MAY = {
     "checkpoint": {"config", "batch", "shards", "encoders"},
     "interrupts": {"config"},
     "not_finite": {"batch"},
-    "run_folder": {"config", "checkpoint", "sharding"},
+    "launch": {"config"},
+    "lock": {"config"},
+    "run_folder": {"config", "checkpoint", "sharding", "lock"},
     "execution": {"config", "encoders"},
     "parallel": {"config", "encoders", "optim"},
     "settings": {"config", "cached", "encoders", "objectives"},
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
     | {"interrupts", "not_finite", "run_folder", "settings"}
-    | {"schedules", "ema", "progress", "parallel", "execution"},
+    | {"schedules", "ema", "progress", "parallel", "execution", "launch"},
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
     "tables": {"config"},
