@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import loss_arms as arms
-from benchmarks.chart import loglog
 from benchmarks.counters import available_mb, peak_tensors_mb, tcp_bytes_sent
 from benchmarks.harness import (
     Goal,
@@ -52,6 +51,7 @@ from benchmarks.harness import (
     say,
     tell,
 )
+from mmcontrast.charts import Line, line_drawing
 
 RANKS = 2
 
@@ -323,11 +323,16 @@ def chart(report: Report, plan: Plan) -> str:
         label: [(a["n"], a["seconds"]) for a in report.arms if a["arm"] == arm and "rounds" in a]
         for arm, label in _LINES.items()
     }
-    return loglog(
-        {label: points for label, points in lines.items() if points},
+    return line_drawing(
+        [
+            Line(name, [n for n, _ in points], [s for _, s in points], dots=True)
+            for name, points in lines.items()
+            if points
+        ],
         title=f"CLIP loss and gradients, d = {plan.d}, {plan.threads} threads",
         x="global batch N",
         y="seconds",
+        base_x=2,
     )
 
 

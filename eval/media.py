@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmcontrast.decode import Picture, Sound
 from mmcontrast.eval.sources import Source
@@ -40,10 +41,10 @@ class Media:
         position, part = int(item[0]), int(item[1])
         at = (modality, position, part)
         if at not in self._drawn:
-            drawn = self._draw(modality, position, part)
+            made = self._draw(modality, position, part)
             if len(self._drawn) >= _CACHED:
-                return drawn
-            self._drawn[at] = drawn
+                return made
+            self._drawn[at] = made
         return self._drawn[at]
 
     def key(self, item: Sequence[int]) -> str:
@@ -74,30 +75,39 @@ class Media:
         if value is None:
             return tag("div", f"{name} ({modality})", class_="absent")
         try:
-            return Html(self._shown(value, name))
+            if isinstance(value, Sound):  # two bytes a sample, and a third for base64
+                self.bytes += round(8 / 3 * min(value.frames / value.rate, _HEARD) * min(value.rate, _RATE))
+            return drawn(value, name, player=self.bytes <= _SOUNDS)
         except Exception as error:  # of any decoder: no single sample may cost the page
             return tag("div", f"{name}: cannot be shown ({type(error).__name__})", class_="bad")
 
-    def _shown(self, value: Any, name: str) -> Html:
-        if isinstance(value, Picture):
-            return picture(value.read().permute(1, 2, 0).numpy(), alt=name, side=_SIDE)
-        if isinstance(value, Sound):
-            return self._sound(value)
-        if isinstance(value, Signal):
-            frames = min(value.frames, round(_SEEN * value.rate), max(1, _VALUES // max(1, len(value.channels))))
-            drawn = traces(value.read(0, frames).numpy(), names=value.channels, points=_POINTS)
-            length = f"{value.frames / value.rate:.3g} s, {len(value.channels)} channels"
-            return Html(drawn + tag("div", length, class_="quiet"))
-        return tag("div", _cut(str(value)), class_="said")
 
-    def _sound(self, value: Sound) -> Html:
-        samples = value.read(0, min(value.frames, round(_HEARD * value.rate))).numpy()
-        thin = -(-value.rate // _RATE)
-        samples = samples[: len(samples) // thin * thin].reshape(-1, thin).mean(1).astype(np.float32)
+def drawn(value: Any, name: str, *, player: bool = True) -> Html:
+    """A decoded value as a piece of a page, called `name`; a sound as its waveform, with a `player` if it may have one.
+
+    Raises:
+        BadSample: it is damaged.
+    """
+    if isinstance(value, Picture):
+        return picture(value.read().permute(1, 2, 0).numpy(), alt=name, side=_SIDE)
+    if isinstance(value, Sound):
+        samples, rate = _heard(value)
         length = tag("div", f"{value.frames / value.rate:.3g} s", class_="quiet")
-        self.bytes += 3 * len(samples)  # two bytes a sample, and a third for base64
-        shown = waveform(samples) if self.bytes > _SOUNDS else sound(samples, value.rate // thin)
-        return Html(shown + length)
+        return Html((sound(samples, rate) if player else waveform(samples)) + length)
+    if isinstance(value, Signal):
+        frames = min(value.frames, round(_SEEN * value.rate), max(1, _VALUES // max(1, len(value.channels))))
+        shown = traces(value.read(0, frames).numpy(), names=value.channels, points=_POINTS)
+        length = f"{value.frames / value.rate:.3g} s, {len(value.channels)} channels"
+        return Html(shown + tag("div", length, class_="quiet"))
+    return tag("div", _cut(str(value)), class_="said")
+
+
+def _heard(value: Sound) -> tuple[NDArray[np.float32], int]:
+    """The beginning, [T], at a rate that is enough to know it by."""
+    samples = value.read(0, min(value.frames, round(_HEARD * value.rate))).numpy()
+    thin = -(-value.rate // _RATE)
+    samples = samples[: len(samples) // thin * thin].reshape(-1, thin).mean(1)
+    return samples.astype(np.float32), value.rate // thin
 
 
 def _cut(text: str) -> str:

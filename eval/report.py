@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from html import escape
 
+from mmcontrast.decode import DECODERS
 from mmcontrast.eval.answer import Answer
 from mmcontrast.eval.index import Hit, Index
+from mmcontrast.eval.media import drawn
+from mmcontrast.page import Html, Node, page, section, tag
+from mmcontrast.shards import BadSample
+from mmcontrast.signals import signal
 
 
 def as_table(answers: Sequence[Answer]) -> str:
@@ -36,48 +39,43 @@ def _number(value: float | None) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-.facts { color: GrayText; font-size: .9rem; }
-.hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; padding: 0; }
-.hits li { list-style: none; border: 1px solid #8884; border-radius: .5rem; padding: .6rem; }
-.hits img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff; border-radius: .3rem; }
-.none { display: grid; place-items: center; aspect-ratio: 1; color: GrayText; }
-.score { font-variant-numeric: tabular-nums; color: GrayText; font-size: .85rem; }
-.bar { height: .3rem; border-radius: .2rem; background: #3b7dd8; margin: .3rem 0; }
+.hits { padding: 0; margin: 0; list-style: none; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
+.hits .card img { background: #fff; } .hits .absent { display: grid; place-items: center; height: 10rem;
+  color: var(--quiet); } .hits i { display: block; height: .3rem; border-radius: .2rem; background: var(--bar);
+  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 """
 
 
 def search_page(index: Index, queries: Sequence[str], answers: Sequence[Sequence[Hit]]) -> str:
-    """One self-contained HTML page: each query with its answers as pictures, scores and texts."""
+    """A page that stands alone: each query with its answers as pictures, sounds and signals, scores and texts."""
     m = index.manifest
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>mmcontrast: {len(queries)} queries</title><style>{_STYLE}</style>",
-        f"<h1>{len(queries)} queries, {m['count']} candidates</h1>",
-        f"<p class='facts'>Model {escape(str(m['model_hash']))} · {escape(str(m['modality']))} · {m['dim']} "
-        f"dimensions · {escape(str(m['type']))} index · recall@10 against exact search "
-        f"{m['quality']['recall_at_10']:.3f}</p>",
-    ]
-    for query, hits in zip(queries, answers, strict=True):
-        parts.append(f"<section><h2>“{escape(query)}”</h2><ol class='hits'>")
-        parts += [_card(index, hit, place) for place, hit in enumerate(hits, 1)]
-        parts.append("</ol></section>")
-    return "\n".join([*parts, "</html>\n"])
-
-
-def _card(index: Index, hit: Hit, place: int) -> str:
-    data = index.picture(hit)
-    text = escape(hit.text or hit.key)
-    if data is None:
-        picture = "<div class='none'>no picture</div>"
-    else:
-        kind = "png" if data.startswith(b"\x89PNG") else "webp" if data[8:12] == b"WEBP" else "jpeg"
-        picture = f"<img alt='{text}' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
-    width = max(0.0, min(1.0, hit.score)) * 100
-    return (
-        f"<li>{picture}<div class='bar' style='width:{width:.0f}%'></div>"
-        f"<div>{text}</div><div class='score'>{place}. cosine {hit.score:.3f}</div></li>"
+    facts = (
+        f"Model {m['model_hash']} · {m['modality']} · {m['dim']} dimensions · {m['type']} index · recall@10 against "
+        f"exact search {m['quality']['recall_at_10']:.3f}"
     )
+    found: list[Node] = []
+    for query, hits in zip(queries, answers, strict=True):
+        listed = [_hit(index, hit, place) for place, hit in enumerate(hits, 1)]
+        found.append(section(f"“{query}”", tag("ol", listed, class_="cards hits")))
+    title = f"{len(queries)} queries, {m['count']} candidates"
+    return page(f"mmcontrast: {title}", tag("h1", title), tag("p", facts, class_="quiet"), found, style=_STYLE)
+
+
+def _hit(index: Index, hit: Hit, place: int) -> Html:
+    text = hit.text or hit.key
+    bar = tag("i", style=f"width:{100 * max(0.0, min(1.0, hit.score)):.0f}%")
+    score = tag("div", f"{place}. cosine {hit.score:.3f}", class_="quiet")
+    return tag("li", _medium(index, hit, text), bar, tag("div", text, class_="said"), score, class_="card")
+
+
+def _medium(index: Index, hit: Hit, name: str) -> Html:
+    """What can be seen or heard of an answer, drawn anew: no stored byte is handed on."""
+    for kind in ("image", "audio", "timeseries"):
+        member = index.member(hit, kind)
+        if member is not None:
+            try:
+                data = member[0]
+                return drawn(DECODERS[kind](data) if kind in DECODERS else signal(data, lambda: hit.metadata), name)
+            except BadSample:
+                return tag("div", f"no {kind} that can be read", class_="absent")
+    return tag("div", "no picture", class_="absent")

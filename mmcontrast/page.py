@@ -24,15 +24,16 @@ _EMPTY_TAGS = ("img", "meta", "path", "rect", "line", "circle", "wbr")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
 _WIDTH = 320  # of a drawing
 
-_STYLE = """
+THEME = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --quiet: #5d6872; --line: #d9dee3; --soft: #f4f6f8;
   --bar: #3b78b8; --mark: #b8442e; --error: #b3261e; --warning: #94600a; --note: #45647d; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e4e8ec; --quiet: #9aa5af; --line: #343b42;
   --soft: #1d2328; --bar: #6aa5de; --mark: #ef8a74; --error: #ff8a80; --warning: #f0b95a; --note: #8fb4d1; } }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --quiet: #444; --line: #bbb; --soft: #fff;
-  --bar: #3b78b8; --mark: #b8442e; --error: #b3261e; --warning: #94600a; --note: #45647d; }
-  audio { display: none; } .card .said, .card .facts { max-height: none; }
-  figure, .card, tr, .finding, .tiles div { break-inside: avoid; } h2, h3, h2 + p { break-after: avoid; } }
+  --bar: #3b78b8; --mark: #b8442e; --error: #b3261e; --warning: #94600a; --note: #45647d; } }
+"""
+"""Colours, as CSS: by light and by night, and on paper."""
+_STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto 4rem; padding: 0 1.2rem;
   background: var(--paper); color: var(--ink); }
@@ -76,6 +77,8 @@ svg .trace { fill: none; stroke: var(--bar); stroke-width: 1.2; } svg .wave { fi
 .card .facts { color: var(--quiet); font-size: .78rem; white-space: pre-wrap; max-height: 9rem; overflow: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; } .pair img { height: 6rem; }
 .bad { color: var(--error); }
+@media print { audio { display: none; } .card .said, .card .facts { max-height: none; }
+  figure, .card, tr, .finding, .tiles div { break-inside: avoid; } h2, h3, h2 + p { break-after: avoid; } }
 @media (max-width: 30rem) { .cards { grid-template-columns: 1fr 1fr; gap: .5rem; } .card img { height: 7rem; } }
 """
 
@@ -124,7 +127,7 @@ def page(title: str, *body: Node, style: str = "", script: str = "") -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(_STYLE + style)),
+        tag("style", Html(THEME + _STYLE + style)),
     ]
     last = tag("script", Html(script)) if script else None
     return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", body, last), lang="en") + "\n"

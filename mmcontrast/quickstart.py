@@ -34,7 +34,7 @@ def run(out: Path, json_file: Path | None, command: Callable[[Sequence[str]], No
     lines = [
         ["prep", "emoji", data],
         ["train", "emoji", "--out", model, "--data.shards", f"{data}/train", "--evaluators.val.data", f"{data}/val"],
-        ["eval", model, f"{data}/test", f"{data}/style", "--json", f"{out}/eval.json"],
+        ["eval", model, f"{data}/test", f"{data}/style", "--json", f"{out}/eval.json", "--report", f"{out}/eval.html"],
         ["index", "build", model, f"{data}/test", index, "--json", f"{out}/index.json"],
         ["index", "search", index, *QUERIES, "--html", f"{out}/search.html", "--json", f"{out}/search.json"],
     ]
@@ -92,5 +92,6 @@ def _tell(scores: dict[str, Any], out: Path) -> None:
         f"  named right among {style['classes']:.0f} names: {style['acc1']:.3f} "
         f"[{style['acc1_low']:.3f}, {style['acc1_high']:.3f}], chance {style['chance']:.4f}"
     )
-    print(f"Look at {out / 'search.html'}; scores in {out / _MARK}; {scores['seconds']:.0f} seconds.")
+    pages = ", ".join(str(out / name) for name in ("run/report.html", "eval.html", "search.html"))
+    print(f"Look at {pages}; scores in {out / _MARK}; {scores['seconds']:.0f} seconds.")
     sys.stdout.flush()

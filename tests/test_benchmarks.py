@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from benchmarks import eval as evaluation
 from benchmarks import eval_arms, harness, loss, loss_arms, step, step_arms, stream, stream_arms, stream_data
-from benchmarks.chart import loglog
 from benchmarks.counters import peak_tensors_mb, resident_mb, tcp_bytes_sent
 from benchmarks.harness import Goal, Report, alternate, in_processes, median_ratio, peak, table
 from benchmarks.loss import Plan
@@ -237,14 +236,6 @@ def test_the_table_names_goal_measurement_and_floor() -> None:
         "| error (`b`) | ≤ 1.0e-06 | 3.0e-07 |  |",
         "| rate (`d`) | ≥ 3 | 3.25 |  |",
     ]
-
-
-def test_labels_of_the_chart_do_not_cover_each_other() -> None:
-    lines = {name: [(512.0, 0.01), (1024.0, 1.0 + shift)] for name, shift in (("a", 0.0), ("b", 0.01), ("c", 0.0))}
-    drawing = ElementTree.fromstring(loglog(lines, title="t < u", x="N", y="s"))
-    texts = drawing.iter("{http://www.w3.org/2000/svg}text")
-    heights = sorted(float(t.attrib["y"]) for t in texts if t.text in lines)
-    assert len(heights) == 3 and min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= 16
 
 
 # ------------------------------------------------------------------------------------------------- the stream

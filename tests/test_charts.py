@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mmcontrast.charts import COLOURS, Bar, Line, Mark, Point, bars, cloud, heat, line_chart
+from mmcontrast.charts import COLOURS, Bar, Line, Mark, Point, bars, cloud, heat, line_chart, line_drawing
 from tests.test_page import HOSTILE, Reader
 
 
@@ -92,6 +92,16 @@ def test_marks_do_not_cover_each_other() -> None:
     flags = [(float(c["cx"] or 0), float(c["cy"] or 0)) for c in read.named("circle") if c["class"] == "flag"]
     assert len(flags) == 5 and "out" not in read.text
     assert all(math.dist(a, b) >= 14 for i, a in enumerate(flags) for b in flags[:i])
+
+
+def test_a_drawing_of_its_own_names_lines_where_they_end() -> None:
+    ends = {"a": 1.0, "b": 1.01, "c": 1.0}
+    lines = [Line(name, [512.0, 1024.0, 2048.0], [0.01, 0.1, end]) for name, end in ends.items()]
+    drawing = ElementTree.fromstring(line_drawing(lines, title="t < u", x="N", y="s", base_x=2))
+    texts = list(drawing.iter("{http://www.w3.org/2000/svg}text"))
+    assert {"512", "1,024", "2,048", "t < u"} <= {t.text for t in texts}
+    heights = sorted(float(t.attrib["y"]) for t in texts if t.text in ("a", "b", "c"))
+    assert len(heights) == 3 and min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= 16
 
 
 def test_a_cloud_keeps_distances() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mmcontrast import load
 from mmcontrast.config import ConfigError
@@ -391,10 +393,12 @@ def test_the_page_stands_alone_and_shows_every_hit(built: Built) -> None:
     seen = _Page(page)
     assert len(seen.pictures) == 58 == seen.tags.count("li")
     sources = [p["src"] or "" for p in seen.pictures]
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
-    first = built.samples[answers[0][0].position].members["png"]
-    assert base64.b64decode(sources[0].partition(",")[2]) == first
-    rest = re.sub(r"data:image/png;base64,[^']*", "", page)
+    assert all(s.startswith("data:image/webp;base64,") for s in sources), "drawn anew: no stored byte is handed on"
+    first = cast(bytes, built.samples[answers[0][0].position].members["png"])
+    shown = [Image.open(io.BytesIO(data)) for data in (base64.b64decode(sources[0].partition(",")[2]), first)]
+    drawn, stored = (np.asarray(image.convert("RGB"), np.float64) for image in shown)
+    assert drawn.shape == stored.shape and np.abs(drawn - stored).mean() < 20
+    rest = re.sub(r'data:image/webp;base64,[^"]*', "", page)
     assert not re.search(r"https?:|//|url\(|@import|<link|<iframe", rest), "the page would ask the network"
     assert "no picture" not in seen.text
 

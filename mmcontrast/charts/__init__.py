@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmcontrast.charts.bars import Bar, Bin, bars, histogram
 from mmcontrast.charts.fields import Point, cloud, heat
 from mmcontrast.charts.figure import COLOURS, SCRIPT, STYLE
-from mmcontrast.charts.lines import Line, Mark, line_chart
+from mmcontrast.charts.lines import Line, Mark, line_chart, line_drawing
 
 __all__ = [
     "COLOURS",
@@ -21,4 +21,5 @@ __all__ = [
     "heat",
     "histogram",
     "line_chart",
+    "line_drawing",
 ]

@@ -83,9 +83,11 @@ def heat(counts: Sequence[Sequence[int]], names: Sequence[str], *, title: str, a
     The depth of the colour is the share of the row.
     """
     n = len(names)
-    side, left, top = max(11.0, min(34.0, 420 / n)), 118.0, 96.0
-    width, height = left + n * side + 52, top + n * side + 4  # names above lean out to the right
-    letters, size = 17, min(11.0, side * 0.95)
+    side = max(11.0, min(34.0, 420 / n))
+    letters, size = min(26, max(map(len, names), default=0)), min(11.0, side * 0.95)
+    long = 0.6 * size * letters + 8
+    left, top = long, 0.87 * long + 6  # names above are turned, and lean out to the right
+    width, height = left + n * side + 0.5 * long, top + n * side + 4
     parts: list[Node] = []
     for i, name in enumerate(names):
         short = name if len(name) <= letters else name[: letters - 1] + "…"

@@ -45,6 +45,7 @@ class Axis:
     start: float
     stop: float
     log: bool = False
+    base: int = 10  # of the logarithms' round values
 
     def at(self, value: float) -> float:
         """Where a value lies."""
@@ -56,6 +57,12 @@ class Axis:
 
     def ticks(self, most: int) -> list[float]:
         """Round values within it."""
+        if self.log and self.base != 10:
+            powers = [math.log(end, self.base) for end in (self.low, self.high)]
+            found = [
+                float(self.base) ** k for k in range(math.ceil(powers[0] - 1e-9), math.floor(powers[1] + 1e-9) + 1)
+            ]
+            return found[:: max(1, -(-len(found) // most))]
         if self.log:
             first, last = math.floor(math.log10(self.low) + 1e-9), math.ceil(math.log10(self.high) - 1e-9)
             steps = (1, 2, 5) if last - first < 2 else (1, 3) if last - first < 3 else (1,)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mmcontrast.charts.figure import COLOURS, Axis, figure, fitted, px
-from mmcontrast.page import Html, Node, number, table, tag
+from mmcontrast.charts.figure import COLOURS, STYLE, Axis, figure, fitted, px
+from mmcontrast.page import THEME, Html, Node, number, table, tag
 
 _ROWS = 24  # of the table below a chart; of more numbers, some at equal distances are shown
 _WIDTH, _HEIGHT = 380, 230
@@ -108,6 +108,36 @@ def line_chart(
     )  # fmt: skip
 
 
+def line_drawing(lines: Sequence[Line], *, title: str, x: str, y: str, base_x: int = 10) -> str:
+    """L lines over axes with logarithms as an SVG file of its own, each named at its end.
+
+    Args:
+        lines: values above 0.
+        title: what it shows.
+        x: what the horizontal axis counts; marked at powers of `base_x`.
+        y: unit of the vertical axis.
+        base_x: 10, or 2 for what is doubled.
+    """
+    drawn = [_known(line, i, True, True) for i, line in enumerate(lines)]
+    heights = [v for line in drawn for v in line.y if v is not None]
+    across = fitted([v for li in drawn for v in li.x], _LEFT, _WIDTH - _RIGHT, log=True, most=8, tight=True)
+    across = replace(across, base=base_x)
+    up = fitted(heights, _HEIGHT - _BOTTOM, _TOP, log=True, most=5, tight=False)
+    parts: list[Node] = [_frame(across, up, x, y, most=8), [_path(line, across, up) for line in drawn]]
+    names: list[float] = []
+    for line in sorted(drawn, key=lambda line: up.at(line.y[-1] or 1.0)):
+        at = max(up.at(line.y[-1] or 1.0) + 4, names[-1] + 16 if names else 0.0)  # ends that meet keep readable names
+        names.append(at)
+        end = across.at(line.x[-1])
+        parts.append(tag("text", line.name, class_=f"name c{line.colour}", x=px(end + 8), y=px(at)))
+    style = "text { font: 11px system-ui, sans-serif; fill: var(--quiet); } text.name { fill: var(--own); }"
+    head = tag("text", title, x=2, y=-14, style="font-size: 13px; font-weight: 600; fill: var(--ink)")
+    return tag(
+        "svg", tag("title", title), tag("style", Html(THEME + STYLE + style)), head, parts,
+        xmlns="http://www.w3.org/2000/svg", view_box=f"0 -32 {_WIDTH + 110} {_HEIGHT + 34}", role="img",
+    ) + "\n"  # fmt: skip
+
+
 def _known(line: Line, place: int, log_x: bool, log_y: bool) -> Line:
     """Without what cannot be drawn at its ends or as a logarithm; colour and dash decided."""
 
@@ -130,13 +160,13 @@ def _known(line: Line, place: int, log_x: bool, log_y: bool) -> Line:
     )  # fmt: skip
 
 
-def _frame(across: Axis, up: Axis, x: str, y: str) -> Node:
+def _frame(across: Axis, up: Axis, x: str, y: str, most: int = 5) -> Node:
     parts: list[Node] = []
     for tick in up.ticks(5):
         place = up.at(tick)
         parts.append(tag("line", class_="grid", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=px(place), y2=px(place)))
         parts.append(tag("text", _tick(tick), x=_LEFT - 6, y=px(place + 4), text_anchor="end"))
-    for tick in across.ticks(5):
+    for tick in across.ticks(most):
         parts.append(tag("text", _tick(tick), x=px(across.at(tick)), y=_HEIGHT - _BOTTOM + 15, text_anchor="middle"))
     parts.append(tag("text", x, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 4, text_anchor="middle"))
     parts.append(tag("text", y, x=2, y=9) if y else None)
