@@ -175,7 +175,8 @@ def test_thresholds_are_worth_what_a_loop_counts() -> None:
     right = has & (rng.random(200) < scores)
     scores[5] = -np.inf
     right[5] = False
-    found = points(scores.astype(np.float32), right, has)
+    scores = scores.astype(np.float32)
+    found = points(scores, right, has)
     assert [p.threshold for p in found] == sorted({float(np.float32(s)) for s in scores if s >= 0}, reverse=True)
     for point in found:
         links = [i for i in range(200) if np.float32(scores[i]) >= point.threshold]
@@ -183,7 +184,7 @@ def test_thresholds_are_worth_what_a_loop_counts() -> None:
         assert point.links == len(links)
         assert point.precision == pytest.approx(good / len(links))
         assert point.recall == pytest.approx(good / sum(map(bool, has)))
-        assert worth(point.threshold, scores.astype(np.float32), right, has) == point
+        assert worth(point.threshold, scores, right, has) == point
     assert worth(2.0, scores, right, has).precision == 1.0
 
 

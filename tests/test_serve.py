@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,93 @@ def test_more_like_a_sample_of_another_index(served: Served) -> None:
     own = next(h for h in served.hits({"text": "red"}, index="texts", top=100) if h["key"] == "000009")
     z = load(served.run).encode("text", [served.samples[9].members["txt"]])[0].tolist()
     _agrees(served.hits({"like": own["id"], "of": "texts"}, top=100), _slow(served, z))
+
+
+def test_answers_pass_the_filter(served: Served) -> None:
+    unfiltered = served.hits({"text": "a red square"}, top=100)
+    answer = served.search(
+        {"text": "a red square"}, top=100, where="label in ('red', 'blue') and shape != 'bar'"
+    ).json()
+    want = [h for h in unfiltered if h["metadata"].get("label") in ("red", "blue") and h["metadata"]["shape"] != "bar"]
+    assert answer["hits"] == want and answer["passing"] == len(want) > 2 and answer["joint"] == "sum"
+    assert served.search({"text": "a"}, where="label = 'none'").json()["hits"] == []
+    (like, *_) = want
+    hits = served.hits({"like": like["id"]}, where="label = 'red'")
+    assert like["id"] not in {h["id"] for h in hits} and {h["metadata"]["label"] for h in hits} == {"red"}
+    some = served.get("/api/indices/pictures/samples?count=100&where=label%20%3D%20'red'").json()
+    assert {s["id"] for s in some} == {h["id"] for h in unfiltered if h["metadata"].get("label") == "red"}
+    assert served.get("/api/indices/pictures/samples?where=label%20is").status_code == 400
+
+
+def test_columns_tell_what_a_filter_may_ask_for(served: Served) -> None:
+    found = {c["name"]: c for c in served.get("/api/indices/pictures/columns").json()}
+    seen = [h["metadata"] for h in served.hits({"text": "a"}, top=100)]
+    labels = [m.get("label") for m in seen]
+    assert {v["value"]: v["count"] for v in found["label"]["values"]} == {
+        name: labels.count(name) for name in set(labels) - {None}
+    }
+    assert found["label"]["lacking"] == labels.count(None) and found["label"]["kind"] == "text"
+    assert (found["rate"]["low"], found["rate"]["high"], found["rate"]["values"]) == (100, 100, [])
+    for name, column in found.items():  # what is told can be asked for
+        for value in column["values"]:
+            where = f"{name} = '{value['value']}'"
+            assert served.search({"text": "a"}, where=where).json()["passing"] == value["count"]
+
+
+def test_near_duplicates_come_in_groups(served: Served) -> None:
+    model = load(served.run)
+    pictures = {s.key: s.members["png"] for s in served.samples if s.key != "000007"}
+    z = {key: model.encode("image", [png])[0] for key, png in pictures.items()}
+    scores = {a: max(float(z[a] @ z[b]) for b in z if b != a) for a in z}
+    threshold = sorted(scores.values())[-5]
+    found = served.get(f"/api/indices/pictures/duplicates?threshold={threshold - 1e-4}").json()
+    members = {s["key"]: s["score"] for g in found["groups"] for s in g["samples"]}
+    want = {key: score for key, score in scores.items() if score >= threshold - 1e-4}
+    assert members == pytest.approx(want, abs=1e-5) and 4 < len(want) < 19
+    assert found["count"] == len(found["groups"]) and found["looked_at"] == 19
+    assert found["redundant"] == len(want) - found["count"] == sum(g["count"] - 1 for g in found["groups"])
+    assert served.get(f"/api/indices/pictures/duplicates?threshold={threshold - 1e-4}").json() == found
+    only = served.get("/api/indices/pictures/duplicates?threshold=-1&where=label%20%3D%20'red'").json()
+    assert {s["metadata"]["label"] for g in only["groups"] for s in g["samples"]} == {"red"} and only["count"] == 1
+    for query, says in (
+        ("threshold=2", "threshold: Input should be less than or equal to 1"),
+        ("where=x", "ends where"),
+    ):
+        answer = served.get(f"/api/indices/pictures/duplicates?{query}")
+        assert answer.status_code == 400 and says in answer.json()["error"]
+
+
+def test_too_many_samples_are_not_compared_while_one_waits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcontrast.eval.serve.shelf._COMPARED", 10)
+    answer = served.get("/api/indices/pictures/duplicates?threshold=0.12")
+    assert (
+        answer.status_code == 400 and "19 samples are too many to compare while you wait, 10" in answer.json()["error"]
+    )
+    assert served.get("/api/indices/pictures/duplicates?threshold=0.12&where=label%20%3D%20'red'").status_code == 200
+
+
+def test_a_product_is_asked_where_the_model_was_trained_by_it(served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.folders[0], tmp_path / "pictures")
+    manifest = json.loads((tmp_path / "pictures" / "manifest.json").read_text())
+    (tmp_path / "pictures" / "manifest.json").write_text(json.dumps(manifest | {"joint": "product"}))
+    own = replace(served, app=create_app(open_shelves([tmp_path / "pictures"])))
+    model = load(served.run)
+    parts = [
+        {"text": "red"},
+        {"modality": "audio", "data": b64(wav())},
+        {"modality": "ecg", "data": b64(npy(series(3)))},
+    ]
+    values = [("text", "red"), ("audio", wav()), ("ecg", (series(3), 100, ("I", "II")))]
+    z = [model.encode(m, [v])[0].numpy() for m, v in values]
+    answer = own.search(*parts, top=9).json()
+    assert answer["joint"] == "product" and own.get("/api/indices").json()[0]["joint"] == "product"
+    _agrees(answer["hits"], _slow(served, (z[0] * z[1] * z[2]).tolist()))
+    total = z[0] + z[1] + z[2]
+    answer = own.search(*parts, top=9, joint="sum").json()
+    assert answer["joint"] == "sum"
+    _agrees(answer["hits"], _slow(served, (total / np.sqrt((total * total).sum())).tolist()))
+    answer = own.search(*parts[:2], joint="product")
+    assert answer.status_code == 400 and "there is no ecg" in answer.json()["error"]
 
 
 def test_answers_tell_what_a_sample_is_and_holds(served: Served) -> None:

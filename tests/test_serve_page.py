@@ -259,6 +259,70 @@ def test_the_microphone_is_heard(served: Served, address: str, chromium: Any) ->
     page.quiet()
 
 
+def test_filters_are_chosen_and_written(served: Served, address: str, chromium: Any) -> None:
+    page = Page(chromium, address, "?q=a+square")
+    page.one("summary").click()
+    label = page.one("#filters select[data-column=label]")
+    words = [option.text for option in label.find_elements("css selector", "option")]
+    assert words[0] == "any" and "red (3)" in words and words[-1] == "no value (3)"
+    choose = "arguments[0].selectedIndex = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+    page.act(lambda: chromium.execute_script(choose, label, words.index("red (3)")))
+    assert page.ids() == ids(served.hits({"text": "a square"}, where="label = 'red'")) and len(page.ids()) == 3
+    assert "3 of 19 pass the filter" in page.one("#status").text and "label = 'red'" in page.one("summary").text
+    page.one("#where").click()
+    page.act(lambda: page.type("shape != 'square'", ENTER))
+    assert page.ids() == ids(served.hits({"text": "a square"}, where="label = 'red' and shape != 'square'"))
+    assert 0 < len(page.ids()) < 3
+    shown = page.ids()
+    page = Page(chromium, chromium.current_url)  # an address keeps them
+    assert page.ids() == shown
+    page.act(chromium.back)
+    page.act(chromium.back)
+    assert len(page.ids()) == 19
+    page = Page(chromium, address, "?where=label+%3D+3")
+    assert "put the text in quotes" in page.one("#problem").text
+    page = Page(chromium, address, "?where=label+%3D+'red'")
+    assert len(page.ids()) == 3 and "that passes the filter" in page.one("#status").text
+    chromium.get_log("browser")  # of the answer with status 400
+
+
+def test_words_keep_away_and_modalities_go_together(served: Served, address: str, chromium: Any) -> None:
+    page = Page(chromium, address, "?q=red&away=a+bar")
+    parts: list[dict[str, Any]] = [{"text": "red"}, {"text": "a bar", "weight": -1}]
+    assert page.ids() == ids(served.hits(*parts))
+    page.act(lambda: page.drop(("mine.png", "image/png", served.samples[13].members["png"])))
+    parts.append({"modality": "image", "data": b64(cast(bytes, served.samples[13].members["png"]))})
+    assert page.ids() == ids(served.hits(*parts))
+    page.act(lambda: page.drop(("beep.wav", "audio/wav", wav(tone=1200.0))))
+    parts.append({"modality": "audio", "data": b64(wav(tone=1200.0))})
+    assert page.ids() == ids(served.hits(*parts))
+    page.quiet()
+
+
+def test_near_duplicates_are_looked_at(served: Served, address: str, chromium: Any) -> None:
+    page = Page(chromium, address)
+    page.one("summary").click()
+    page.one("#threshold").clear()
+    page.one("#threshold").send_keys("0.97")
+    page.act(lambda: page.one("#duplicates").click())
+    want = served.get("/api/indices/pictures/duplicates?threshold=0.97").json()
+    shown = [
+        [card.get_attribute("data-id") for card in group.find_elements("css selector", ".card")]
+        for group in page.all(".group")
+    ]
+    assert shown == [[s["id"] for s in group["samples"]] for group in want["groups"]] and shown
+    assert f"{want['count']} group" in page.one(".column").text
+    page.one(".group .open").click()
+    assert page.one("#details h2").text == want["groups"][0]["samples"][0]["key"]
+    page.type(ESCAPE)
+    page.one("#text").click()
+    page.act(lambda: page.type("red", ENTER))
+    assert not page.all(".group") and page.ids() == ids(served.hits({"text": "red"}))
+    page.act(chromium.back)
+    assert page.all(".group") and "duplicates=0.97" in chromium.current_url
+    page.quiet()
+
+
 @pytest.mark.parametrize("width", [320, 800, 2000])
 def test_nothing_is_wider_than_the_window(served: Served, address: str, chromium: Any, width: int) -> None:
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}

@@ -58,6 +58,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"index": "pictures", "parts": [{"like": "0-99"}]}, "the index pictures has no sample 0-99"),
     ({"index": "pictures", "parts": [{"like": "../x"}]}, "parts.0.like: String should match pattern"),
     ({"index": "pictures", "parts": [{"like": "0-0", "of": "text"}]}, "no index 'text'; did you mean 'texts'?"),
+    ({"index": "pictures", "parts": [{"text": "a"}], "where": "label"}, "the filter 'label' ends where it needs ="),
+    ({"index": "pictures", "parts": [{"text": "a"}], "where": "labl = 'x'"}, "column 'labl'; did you mean 'label'?"),
+    ({"index": "pictures", "parts": [{"text": "a"}], "where": "rate = 'x'"}, "'rate', which is whole number, by ="),
+    ({"index": "pictures", "parts": [{"text": "a"}], "where": "a" * 2001}, "at most 2000 characters"),
+    ({"index": "pictures", "parts": [{"text": "a"}], "joint": "both"}, "joint: Input should be 'auto', 'sum' or"),
     ({"index": "nowhere", "parts": [{"text": "a"}]}, "there is no index 'nowhere'; known: pictures, texts"),
 ]
 
@@ -78,6 +83,7 @@ def test_the_fields_of_an_answer_are_as_described(served: Served) -> None:
         "/api/indices",
         "/api/search",
         "/api/indices/{index}/columns",
+        "/api/indices/{index}/duplicates",
         "/api/indices/{index}/samples",
         "/api/indices/{index}/samples/{sample_id}",
         "/api/indices/{index}/samples/{sample_id}/media/{modality}",

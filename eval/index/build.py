@@ -5,8 +5,7 @@ What makes an index of vectors that are there already (`write_base`) is shared b
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import numpy as np
 from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import Reader
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import has
 from mmcontrast.eval.index.choice import choose
+from mmcontrast.eval.index.embeddings import write_embeddings
 from mmcontrast.eval.index.identity import identity_of, libraries, open_model
-from mmcontrast.eval.index.partitions import POOL, Work, embed_partitions, read_parts
+from mmcontrast.eval.index.intake import Encoding, Intake
 from mmcontrast.eval.index.quality import Questions, ask, measure, tune
 from mmcontrast.eval.index.segment import FLAT, Part, Segment, entry_of, write_parts
-from mmcontrast.eval.index.store import MANIFEST, PARTITIONS, QUERIES, Update
+from mmcontrast.eval.index.store import MANIFEST, QUERIES, Update, read_manifest
 from mmcontrast.eval.index.structure import write_structure
 from mmcontrast.eval.index.vectors import Floats, open_vectors, write_vectors
-from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
+from mmcontrast.shards import FORMATS, BadSample, open_shards
 
 _QUERIES = 1000
 _EXACT_WORK = 2e12  # multiplications and additions that the exact answers may take
@@ -65,31 +64,30 @@ def build_index(
     queries: str | None = None,
     query_modality: str = "text",
     overwrite: bool = False,
-    trust: Collection[str] = (),
-    processes: int | None = None,
-    workers: int = 0,
-    batch_size: int = 128,
+    embeddings: Path | None = None,
+    encoding: Encoding | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Embed one modality of some shards and index it; returns the manifest.
 
-    A build that was ended goes on where it was when it is called again. Recall is measured against exact search with
-    queries that are in no index: those given, or the shards' own texts; where there are none, with vectors of the
-    index, each left out of its own answers.
+    A build that was ended goes on where it was when it is called again. All processes that torchrun starts embed, and
+    the first of them writes the index; the folder must be on a disk that all of them see.
+
+    Recall is measured against exact search with queries that are in no index: those given, or the shards' own texts;
+    where there are none, with vectors of the index, each left out of its own answers.
 
     Args:
         model_path: run folder or one of its step-N folders, or a foreign model; see `eval.models.load_asked`.
-        shards: folders, globs, ranges, files or addresses.
+        shards: folders, globs, ranges, files or addresses; or a folder of embeddings as clip-retrieval writes it, made
+            by this model.
         out: the index folder.
         modality: what is indexed; several joined by + are pooled into one vector per sample.
         asked: what is wanted of the structure.
         queries: a text file with a query on each line, or shards.
         query_modality: what the queries are.
         overwrite: replace an index that is there; until the new one is whole, the old one answers.
-        trust: as for `mmcontrast.load`.
-        processes: that encode, each with a model of its own; by default one per GPU.
-        workers: processes that read and decode, for each that encodes.
-        batch_size: samples encoded at once.
+        embeddings: also write clip-retrieval's folder of embeddings there.
+        encoding: how samples are embedded.
         progress: show bars on standard error.
 
     Raises:
@@ -98,37 +96,30 @@ def build_index(
     asked = asked or Asked()
     if (out / MANIFEST).exists() and not overwrite:
         raise ConfigError(f"{out} exists; choose another folder, or replace it with --overwrite")
-    origin = open_model(model_path, trust=trust)
-    model, opened = origin.model, open_shards(shards)
+    encoding = encoding or Encoding()
+    origin = open_model(model_path, trust=encoding.trust)
     identity = identity_of(origin, modality)
-    _check_shards(opened, model, modality)
+    intake = Intake(shards, origin, modality, encoding)
     choose(1, identity["dim"], **_wanted(asked))  # a setting that makes no sense is said before hours of work
-    held_out = None if queries is None else given_queries(model, queries, query_modality)
-    work = Work(
-        model=origin.place,
-        shards=opened,
-        modality=modality,
-        batch_size=batch_size,
-        workers=workers,
-        processes=processes,
-        trust=trust,
-    )
+    held_out = None if queries is None else given_queries(origin.model, queries, query_modality)
+    if intake.team.rank:
+        intake.helps(out, identity)
+        return read_manifest(out)
     with Update(out, create=True) as update:
-        embed_partitions(out / PARTITIONS, work, identity | {"data": opened.fingerprint}, progress=progress)
-        parts, skipped = read_parts(out / PARTITIONS, work)
-        if not any(len(part.rows) for part in parts):
-            raise ConfigError(f"no sample of {', '.join(shards)} with the modality {modality!r} could be read")
+        parts, skipped = intake.take(out, identity, progress=progress)
+        if embeddings is not None:
+            write_embeddings(embeddings, modality, parts, identity["dim"])
         if held_out is None and modality != query_modality:
-            held_out = own_texts(model, parts)
+            held_out = own_texts(origin.model, parts)
         about = identity | {
             "model": origin.place,
             "joint": origin.joint,
-            "sources": [{"shards": [absolute(s) for s in shards], "data": opened.fingerprint}],
+            "sources": [intake.entry],
             "skipped": [list(s) for s in skipped[:_SKIPPED_KEPT]],
             "skipped_count": len(skipped),
         }
         manifest = write_base(update, parts, about, asked, held_out, progress=progress)
-        shutil.rmtree(out / PARTITIONS)
+        intake.clean(out)
     return manifest
 
 
@@ -239,17 +230,5 @@ def stored_queries(folder: Path, manifest: dict[str, Any]) -> Queries | None:
     return Queries(z, str(manifest.get("queries_from")))
 
 
-def _check_shards(shards: ShardSet, model: MultiEncoder, modality: str) -> None:
-    """Refuse shards without any of the modalities, by the reader's own words."""
-    names = modality.split(POOL)
-    if not any(has(shards, model, m) for m in names):
-        Reader(shards, {m: model.encoder(m).transform(train=False) for m in names})
-
-
 def _wanted(asked: Asked) -> dict[str, Any]:
     return {"memory": asked.memory, "recall": asked.recall, "searches": asked.searches, "given": asked.kind}
-
-
-def absolute(pattern: str) -> str:
-    """A pattern that means the same in another folder; addresses do anyway."""
-    return pattern if "://" in pattern else str(Path(pattern).resolve())

@@ -6,7 +6,6 @@ beside the others, deleting a list of rows; `compact` makes one segment of all, 
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.eval.index.build import Asked, Queries, absolute, stored_queries, write_base
+from mmcontrast.eval.index.build import Asked, Queries, stored_queries, write_base
 from mmcontrast.eval.index.identity import check_same, identity_of, libraries, open_model
-from mmcontrast.eval.index.partitions import Work, embed_partitions, read_parts
+from mmcontrast.eval.index.intake import Encoding, Intake
 from mmcontrast.eval.index.segment import FLAT, Part, Segment, entry_of, write_deleted, write_parts
-from mmcontrast.eval.index.store import MANIFEST, PARTITIONS, Update, read_manifest, verify
+from mmcontrast.eval.index.store import MANIFEST, Update, read_manifest, verify
 from mmcontrast.eval.index.vectors import Ints
-from mmcontrast.shards import open_shards
 
 MERGED_BELOW = 10_000
 """A last segment without structure that has fewer rows is written again with those that are added, so that many small
@@ -37,50 +35,36 @@ def add(
     *,
     model: str | Path | None = None,
     replace: bool = False,
-    trust: Collection[str] = (),
-    processes: int | None = None,
-    workers: int = 0,
-    batch_size: int = 128,
+    encoding: Encoding | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Embed the samples of some shards into an index; returns the manifest.
 
     Args:
         folder: of the index.
-        shards: folders, globs, ranges, files or addresses.
+        shards: as for `build_index`.
         model: where the model lies now, if it moved; its hash must be the index's.
         replace: samples take the place of those of the same key; otherwise a key that is there is an error.
-        trust: as for `mmcontrast.load`.
-        processes: as for `build_index`.
-        workers: as for `build_index`.
-        batch_size: as for `build_index`.
+        encoding: how samples are embedded.
         progress: show bars on standard error.
 
     Raises:
         ConfigError: no index, another model, shards that cannot be read, or keys that are there.
     """
-    opened = open_shards(shards)
+    encoding = encoding or Encoding()
+    before = read_manifest(folder)
+    origin = open_model(model or before["model"], trust=encoding.trust)
+    identity = identity_of(origin, before["modality"])
+    check_same(before, identity, str(folder), origin.place)
+    intake = Intake(shards, origin, before["modality"], encoding, source=len(before["sources"]))
+    if intake.team.rank:
+        intake.helps(folder, identity)
+        return read_manifest(folder)
     with Update(folder) as update:
         old = _standing(update)
-        origin = open_model(model or old["model"], trust=trust)
-        identity = identity_of(origin, old["modality"])
-        check_same(old, identity, str(folder), origin.place)
-        work = Work(
-            model=origin.place,
-            shards=opened,
-            modality=old["modality"],
-            source=len(old["sources"]),
-            batch_size=batch_size,
-            workers=workers,
-            processes=processes,
-            trust=trust,
-        )
-        plan = identity | {"data": opened.fingerprint, "source": work.source}
-        embed_partitions(folder / PARTITIONS, work, plan, progress=progress)
-        parts, skipped = read_parts(folder / PARTITIONS, work)
-        parts = [part for part in parts if len(part.rows)]
-        if not parts:
-            raise ConfigError(f"no sample of {', '.join(shards)} with the modality {old['modality']!r} could be read")
+        if old != before:
+            raise ConfigError(f"{folder} was changed while its model was loaded; add again")
+        parts, skipped = intake.take(folder, identity, progress=progress)
         _check_new(parts)
         keys = pa.chunked_array([chunk for part in parts for chunk in part.rows.column("key").chunks])
         segments, entries = _opened(folder, old)
@@ -101,14 +85,14 @@ def add(
             update,
             {
                 **old,
-                "sources": [*old["sources"], {"shards": [absolute(s) for s in shards], "data": opened.fingerprint}],
+                "sources": [*old["sources"], intake.entry],
                 "skipped": [*old["skipped"], *(list(s) for s in skipped)][:_SKIPPED_KEPT],
                 "skipped_count": old.get("skipped_count", 0) + len(skipped),
                 "libraries": libraries(),
             },
             entries,
         )
-        shutil.rmtree(folder / PARTITIONS)
+        intake.clean(folder)
     return found
 
 

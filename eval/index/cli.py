@@ -32,12 +32,15 @@ class Structure:
     """That will come before the index is built anew; few of them make an exact search worth its time."""
 
 
+Structured = Annotated[Structure, tyro.conf.arg(name="")]
+
+
 @dataclass(frozen=True)
-class Encoding:
+class Embedding:
     """How samples are embedded."""
 
     processes: int | None = None
-    """That encode, each with a model of its own; by default one per GPU."""
+    """That encode, each with a model of its own; by default one per GPU. torchrun starts several, too."""
     workers: int = 0
     """Processes that read and decode, for each that encodes."""
     batch_size: int = 128
@@ -46,8 +49,7 @@ class Encoding:
     """Modules or .py files whose classes the run's config may name."""
 
 
-Structured = Annotated[Structure, tyro.conf.arg(name="")]
-Encoded = Annotated[Encoding, tyro.conf.arg(name="")]
+Embedded = Annotated[Embedding, tyro.conf.arg(name="")]
 
 
 def build(
@@ -58,25 +60,28 @@ def build(
     queries: str | None = None,
     query_modality: str = "text",
     overwrite: bool = False,
+    shards_out: Path | None = None,
     structure: Structured = Structure(),
-    encoding: Encoded = Encoding(),
+    embedding: Embedded = Embedding(),
     json_file: Json = None,
 ) -> None:
     """Embed shards with a trained model and index them. A build that was ended goes on where it was.
 
     Args:
         model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
-        shards: folder, glob or range.
+        shards: folder, glob or range; or clip-retrieval's folder of embeddings, made by this model.
         out: the index folder.
         modality: what to index; image+text pools a sample's picture and text into one vector.
         queries: a text file with a query on each line, or shards; by default the texts of the samples.
         query_modality: what the queries are.
         overwrite: replace an index that is there.
+        shards_out: also write the embeddings there as clip-retrieval does, npy and Parquet.
         structure: see there.
-        encoding: see there.
+        embedding: see there.
         json_file: also write the manifest here.
     """
     from mmcontrast.eval.index.build import Asked, build_index
+    from mmcontrast.eval.index.intake import Encoding
 
     found = build_index(
         model,
@@ -87,8 +92,9 @@ def build(
         queries=queries,
         query_modality=query_modality,
         overwrite=overwrite,
+        embeddings=shards_out,
+        encoding=Encoding(**vars(embedding)),
         progress=sys.stderr.isatty(),
-        **vars(encoding),
     )
     _say(out, found)
     write_json(json_file, found)
@@ -99,22 +105,30 @@ def add(
     shards: Positional[str],
     replace: bool = False,
     model: str | None = None,
-    encoding: Encoded = Encoding(),
+    embedding: Embedded = Embedding(),
     json_file: Json = None,
 ) -> None:
     """Embed the samples of some shards into an index; whoever searches it goes on meanwhile.
 
     Args:
         index: the index folder.
-        shards: folder, glob or range.
+        shards: as for build.
         replace: samples take the place of those of the same key.
         model: where the model lies now, if it moved.
-        encoding: see there.
+        embedding: see there.
         json_file: also write the manifest here.
     """
     from mmcontrast.eval.index.change import add as change
+    from mmcontrast.eval.index.intake import Encoding
 
-    found = change(index, [shards], model=model, replace=replace, progress=sys.stderr.isatty(), **vars(encoding))
+    found = change(
+        index,
+        [shards],
+        model=model,
+        replace=replace,
+        encoding=Encoding(**vars(embedding)),
+        progress=sys.stderr.isatty(),
+    )
     print(_counts(index, found))
     write_json(json_file, found)
 

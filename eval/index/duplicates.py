@@ -44,7 +44,8 @@ class Duplicates:
         threshold: on the cosine.
         looked_at: samples.
         neighbours: of each sample that were looked at; None for all pairs.
-        groups: the largest first.
+        count: of groups.
+        groups: the largest first; maybe not all of them.
         redundant: samples beyond the first of each group.
         truncated: samples all of whose neighbours that were looked at are close: they may have more.
     """
@@ -52,6 +53,7 @@ class Duplicates:
     threshold: float
     looked_at: int
     neighbours: int | None
+    count: int
     groups: list[Group]
     redundant: int
     truncated: int
@@ -101,7 +103,8 @@ def find_duplicates(
     found = [rows for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(rows) > 1]
     found.sort(key=len, reverse=True)
     groups = [Group([index.hit(float(best[i]), int(places[i])) for i in rows]) for rows in found[:most]]
-    return Duplicates(threshold, n, neighbours or None, groups, sum(len(rows) - 1 for rows in found), truncated)
+    redundant = sum(len(rows) - 1 for rows in found)
+    return Duplicates(threshold, n, neighbours or None, len(found), groups, redundant, truncated)
 
 
 class _Links:

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,41 @@ class Work:
         return [range(start, min(start + SAMPLES, n)) for start in range(0, n, SAMPLES)]
 
 
+@dataclass(frozen=True)
+class Team:
+    """The processes that torchrun started, or this one alone.
+
+    Attributes:
+        rank: of this one; 0 writes the index.
+        size: how many there are.
+        local: of this one among those of its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @classmethod
+    def here(cls) -> Team:
+        """What the environment says; several processes meet by gloo or NCCL, through Accelerate."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        state = _meet()
+        return cls(state.process_index, state.num_processes, state.local_process_index)
+
+    def wait(self) -> None:
+        """Until all are here; if one of them fails, torchrun ends all."""
+        if self.size > 1:
+            _meet().wait_for_everyone()
+
+
+def _meet() -> Any:
+    from accelerate import PartialState
+
+    # One that has nothing left to embed waits for the others: for hours, if samples are large.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+
+
 class _Batches(Dataset[tuple[Batch, list[Example]]]):
     """Batch number -> the batch and its examples, of some samples; damaged ones left out and named."""
 
@@ -97,24 +133,36 @@ class _Batches(Dataset[tuple[Batch, list[Example]]]):
         return batch, [Example(e.position, e.key, {}, e.meta) for e in examples]
 
 
-def embed_partitions(folder: Path, work: Work, plan: Mapping[str, Any], *, progress: bool = False) -> None:
+def embed_partitions(
+    folder: Path, work: Work, plan: Mapping[str, Any], team: Team | None = None, *, progress: bool = False
+) -> None:
     """Embed what is not embedded yet; partitions of another plan are removed first.
+
+    Args:
+        folder: of the partitions, on a disk that all processes see.
+        work: what is embedded.
+        plan: what the vectors depend on.
+        team: the processes that torchrun started; each calls this, and goes on when all is embedded.
+        progress: show a bar on standard error.
 
     Raises:
         ConfigError: shards or a modality that cannot be read, or a process that failed.
     """
+    team = team or Team()
     plan = {**plan, "samples": SAMPLES}
     file = folder / "plan.json"
-    if not file.is_file() or file.read_text("utf-8") != json.dumps(plan):
+    if team.rank == 0 and (not file.is_file() or file.read_text("utf-8") != json.dumps(plan)):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         file.write_text(json.dumps(plan), "utf-8")
+    team.wait()
     count = work.processes or max(1, torch.cuda.device_count())
     if count < 1:
         raise ConfigError(f"processes is {work.processes}; at least 1 must encode")
-    with _Watch(work, folder, progress) as watch:
-        if count == 1:
-            _encode(folder, work, 0, watch.add)
+    with _Watch(work, folder, progress, team.size) as watch:
+        if count == 1 or team.size > 1:
+            _encode(folder, work, team.local, watch.add)
+            team.wait()
             return
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, and hang
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
@@ -249,14 +297,19 @@ def text_of(shards: ShardSet, position: int) -> str | None:
 
 
 class _Watch:
-    """A bar over the samples, those of earlier runs included but not counted in the rate."""
+    """A bar over the samples, those of earlier runs included but not counted in the rate; of several, over a share."""
 
-    def __init__(self, work: Work, folder: Path, progress: bool) -> None:
+    def __init__(self, work: Work, folder: Path, progress: bool, among: int) -> None:
         from tqdm import tqdm
 
         done = sum(len(s) for i, s in enumerate(work.partitions) if (folder / f"{i:06d}.json").is_file())
         self._bar: Any = tqdm(
-            total=len(work.shards), initial=done, desc="embed", unit="sample", unit_scale=True, disable=not progress
+            total=-(-len(work.shards) // among),
+            initial=done // among,
+            desc="embed" if among == 1 else f"embed, one of {among}",
+            unit="sample",
+            unit_scale=True,
+            disable=not progress,
         )
 
     def __enter__(self) -> _Watch:

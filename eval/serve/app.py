@@ -19,7 +19,19 @@ from starlette.exceptions import HTTPException
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.eval.index.search import Index
 from mmcontrast.eval.serve.guard import Guard, is_loopback
-from mmcontrast.eval.serve.schema import ID, Column, Description, Hits, Part, Plot, Problem, Sample, Search
+from mmcontrast.eval.serve.schema import (
+    ID,
+    MAX_WHERE,
+    Column,
+    Description,
+    Groups,
+    Hits,
+    Part,
+    Plot,
+    Problem,
+    Sample,
+    Search,
+)
 from mmcontrast.eval.serve.shelf import NotFound, Shelf
 
 _PAGE = Path(__file__).parent / "page"
@@ -111,11 +123,22 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
         """The columns of the metadata that a filter may ask for, and what is in them."""
         return shelf(index).columns()
 
+    def duplicates(
+        index: str,
+        threshold: Annotated[float, Query(ge=-1, le=1)] = 0.95,
+        where: Annotated[str | None, Query(max_length=MAX_WHERE)] = None,
+    ) -> Groups:
+        """Groups of near-duplicates among the samples that pass a filter."""
+        return shelf(index).duplicates(threshold, where)
+
     def samples(
-        index: str, count: Annotated[int, Query(ge=1, le=100)] = 12, seed: Annotated[int, Query(ge=0, le=2**53)] = 0
+        index: str,
+        count: Annotated[int, Query(ge=1, le=100)] = 12,
+        seed: Annotated[int, Query(ge=0, le=2**53)] = 0,
+        where: Annotated[str | None, Query(max_length=MAX_WHERE)] = None,
     ) -> list[Sample]:
-        """Some samples, drawn at random by the seed."""
-        return shelf(index).some(count, seed)
+        """Some samples, drawn at random by the seed; of those that pass a filter."""
+        return shelf(index).some(count, seed, where)
 
     def sample(index: str, sample_id: _Id) -> Sample:
         """One sample."""
@@ -140,6 +163,7 @@ def create_app(shelves: Mapping[str, Shelf], *, host: str = "127.0.0.1", names: 
         ("/api/indices", indices),
         ("/api/search", search),
         ("/api/indices/{index}/columns", columns),
+        ("/api/indices/{index}/duplicates", duplicates),
         ("/api/indices/{index}/samples", samples),
         (one, sample),
         (one + "/plot/{modality}", plot),

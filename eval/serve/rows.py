@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,10 @@ class Rows:
 
     def __init__(self, index: Stored) -> None:
         self._segments = index.segments
-        starts = np.cumsum([0, *map(len, index.segments)])
+        self._starts = np.cumsum([0, *map(len, index.segments)])
         places = [self._places(number) for number in range(len(index.segments))]
         numbers = [np.flatnonzero(np.ones(len(s), np.bool_) if s.live is None else s.live) for s in index.segments]
-        self._rows = np.concatenate([n + start for n, start in zip(numbers, starts, strict=False)])
+        self._rows = np.concatenate([n + start for n, start in zip(numbers, self._starts, strict=False)])
         sought = np.concatenate([p[n] for p, n in zip(places, numbers, strict=True)])
         order = np.argsort(sought, kind="stable")
         self._sought, self._rows = sought[order], self._rows[order]
@@ -57,7 +57,16 @@ class Rows:
         at = int(np.searchsorted(self._sought, sought))
         return int(self._rows[at]) if at < len(self._sought) and self._sought[at] == sought else None
 
-    def some(self, count: int, seed: int) -> list[int]:
-        """Rows at random, the same ones for the same seed."""
-        chosen = np.random.default_rng(seed).choice(len(self), min(count, len(self)), replace=False)
-        return self._rows[chosen].tolist()
+    def vector(self, row: int) -> NDArray[np.float32]:
+        """[D], unit norm."""
+        segment, number = self._locate(row)
+        return np.array(self._segments[segment].vectors[number], np.float32)
+
+    def facts(self, row: int) -> dict[str, Any]:
+        """All columns of a row."""
+        segment, number = self._locate(row)
+        return self._segments[segment].row(number)
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        segment = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return segment, row - int(self._starts[segment])

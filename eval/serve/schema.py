@@ -104,6 +104,28 @@ class Hits(BaseModel):
     hits: list[Hit]
 
 
+class Group(BaseModel):
+    """Near-duplicates: some of the samples of a group, and how many it has."""
+
+    count: int
+    samples: list[Hit]
+
+
+class Groups(BaseModel):
+    """Near-duplicates: samples that are connected by pairs whose cosine reaches the threshold.
+
+    The largest groups, with some samples of each, whose score is their largest cosine with another of the group;
+    `count` says how many groups there are, `redundant` how many samples beyond the first of each.
+    """
+
+    index: str
+    threshold: float
+    looked_at: int
+    count: int
+    redundant: int
+    groups: list[Group]
+
+
 class Value(BaseModel):
     """A value of a column, and how many samples have it."""
 
@@ -146,7 +168,8 @@ class Model(BaseModel):
 class Description(BaseModel):
     """An index.
 
-    `readable` is false where its shards are gone or changed: then it finds samples and cannot show them.
+    `readable` is false where its shards are gone or changed: then it finds samples and cannot show them. `joint` is how
+    the model was trained to bring several modalities together.
     """
 
     name: str
@@ -156,6 +179,7 @@ class Description(BaseModel):
     dim: int
     type: str
     recall_at_10: float | None
+    joint: Literal["sum", "product"]
     readable: bool
     model: Model
 

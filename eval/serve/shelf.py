@@ -22,11 +22,14 @@ from mmcontrast.data.reader import SIGNAL
 from mmcontrast.decode import Picture, Sound
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.timeseries import SignalTransform
+from mmcontrast.eval.index.duplicates import find_duplicates
 from mmcontrast.eval.index.facets import Facet, facets
 from mmcontrast.eval.index.identity import shown_name
 from mmcontrast.eval.index.query import bring_together
 from mmcontrast.eval.index.rows import COLUMNS
 from mmcontrast.eval.index.search import Index
+from mmcontrast.eval.index.stored import Hit as Found
+from mmcontrast.eval.index.stored import Stored
 from mmcontrast.eval.serve import media
 from mmcontrast.eval.serve.rows import Place, Rows
 from mmcontrast.eval.serve.samples import Samples
@@ -34,6 +37,8 @@ from mmcontrast.eval.serve.schema import (
     MAX_FILE_BYTES,
     Column,
     Description,
+    Group,
+    Groups,
     Hit,
     Hits,
     Model,
@@ -48,6 +53,8 @@ from mmcontrast.shards import FORMATS, BadSample
 from mmcontrast.signals import Signal, signal
 
 _FRESH_SECONDS = 1.0
+_COMPARED = 50_000  # samples whose pairs are all looked at while somebody waits
+_GROUPS, _MEMBERS = 60, 12  # shown
 
 
 class NotFound(ConfigError):
@@ -61,6 +68,7 @@ class _Opened:
         m, model = shelf.index.manifest, shelf.index.model
         self.rows = Rows(shelf.index)
         self.columns: list[Column] | None = None
+        self.groups: dict[tuple[float, str | None], Groups] = {}
         self.samples = Samples([(source["shards"], source["data"]) for source in m["sources"]], shelf.names)
         self.description = Description(
             name=shelf.name,
@@ -70,6 +78,7 @@ class _Opened:
             dim=m["dim"],
             type=m["type"],
             recall_at_10=m["quality"].get("recall_at_10"),
+            joint="product" if m["joint"] == "product" else "sum",
             readable=self.samples.readable,
             model=Model(
                 name=shown_name(m["model"]),
@@ -84,7 +93,11 @@ class Shelf:
 
     def __init__(self, name: str, index: Index) -> None:
         self.name, self.index = name, index
-        self._encoding, self._drawing = Lock(), Lock()  # one at a time: a large file takes hundreds of megabytes
+        self._encoding, self._drawing, self._comparing = (
+            Lock(),
+            Lock(),
+            Lock(),
+        )  # one at a time: a large file takes hundreds of megabytes
         self._searching = Lock()  # an index must not be refreshed while it searches, nor its rows be read twice at once
         self.kinds = {m: index.model.encoder(m).kind for m in index.model.modalities}
         # Kind -> the modality of the model that is shown under it, the kind itself where the model has none.
@@ -137,22 +150,63 @@ class Shelf:
             hits = self.index.search_vectors(z[None], top=query.top + len(named), where=query.where)[0]
             passing = len(self.index) if query.where is None else self.index.count(query.where)
             now = self._opened  # of the generation that was searched
-        found = [(Place(hit.source, hit.position), hit) for hit in hits]
-        shown = [(place, hit) for place, hit in found if str(place) not in named][: query.top]
-        answers = [
-            Hit(score=round(hit.score, 6), **self._facts(now, place, hit.key, hit.shard, hit.text, hit.metadata))
-            for place, hit in shown
-        ]
+        shown = [hit for hit in hits if str(Place(hit.source, hit.position)) not in named][: query.top]
+        answers = [self._answer(now, hit) for hit in shown]
         milliseconds = round(1000 * (time.perf_counter() - begun), 1)
         return Hits(index=self.name, milliseconds=milliseconds, joint=joint, passing=passing, hits=answers)
 
     def columns(self) -> list[Column]:
         """What a filter may ask for."""
-        now = self.now
+        _ = self.now
         with self._searching:
+            now = self._opened
             if now.columns is None:
                 now.columns = [_column(facet) for facet in facets(self.index)]
             return now.columns
+
+    def duplicates(self, threshold: float, where: str | None) -> Groups:
+        """Groups of near-duplicates.
+
+        Raises:
+            ConfigError: so many samples that it would take minutes, or no filter.
+        """
+        with self._comparing:  # on files of its own, so that others search meanwhile
+            try:
+                opened = Stored(self.index.folder, verified=False)
+            except ConfigError as error:
+                print(f"{self.name}: {error}", file=sys.stderr)
+                raise NotFound(f"the index {self.name} cannot be read any more") from None
+            if opened.manifest["generation"] != self.index.manifest["generation"]:
+                self._looked = -_FRESH_SECONDS  # what is shown of the samples must be of the same generation
+            now = self.now
+            if (threshold, where) in now.groups:
+                return now.groups[threshold, where]
+            if (count := opened.count(where)) > _COMPARED:
+                raise ConfigError(
+                    f"{count} samples are too many to compare while you wait, {_COMPARED} at most: give a filter, or "
+                    "run mmcontrast index duplicates"
+                )
+            found = find_duplicates(opened, threshold, where=where, neighbours=0, most=_GROUPS)
+            groups = [
+                Group(count=len(g.members), samples=[self._answer(now, member) for member in g.members[:_MEMBERS]])
+                for g in found.groups
+            ]
+            counted = Groups(
+                index=self.name,
+                threshold=threshold,
+                looked_at=found.looked_at,
+                count=found.count,
+                redundant=found.redundant,
+                groups=groups,
+            )
+            while len(now.groups) > 3:
+                now.groups.pop(next(iter(now.groups)))
+            now.groups[threshold, where] = counted
+            return counted
+
+    def _answer(self, now: _Opened, hit: Found) -> Hit:
+        place = Place(hit.source, hit.position)
+        return Hit(score=round(hit.score, 6), **self._facts(now, place, hit.key, hit.shard, hit.text, hit.metadata))
 
     def _embedding(self, part: Part, now: _Opened, others: Mapping[str, Shelf]) -> tuple[str, NDArray[np.float32]]:
         """The modality that a part is of, and its embedding [D], unit norm."""
@@ -164,9 +218,7 @@ class Shelf:
                 raise NotFound(f"there is no index {part.of!r}{suggest(part.of, others)}")
             origin = others[part.of] if part.of is not None else self
             if origin is self:
-                row = self._row(now, part.like)
-                with self._searching:
-                    return self.index.manifest["modality"], self.index.vector(row)
+                return self.index.manifest["modality"], now.rows.vector(self._row(now, part.like))
             return self._encoded(*self._from(origin, part.like))
         modality, kind = self._asked(part)
         if (kind == "text") != (part.text is not None):
@@ -228,10 +280,17 @@ class Shelf:
         now = self.now
         return self._sample(now, self._row(now, sample))
 
-    def some(self, count: int, seed: int) -> list[Sample]:
-        """Samples to begin with, drawn at random."""
-        now = self.now
-        return [self._sample(now, row) for row in now.rows.some(count, seed)]
+    def some(self, count: int, seed: int, where: str | None = None) -> list[Sample]:
+        """Samples to begin with, drawn at random of those that pass a filter; the same ones for the same seed.
+
+        Raises:
+            ConfigError: it is no filter.
+        """
+        _ = self.now
+        with self._searching:
+            rows, now = self.index.rows(where), self._opened  # of the same generation
+        chosen = np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False) if len(rows) else rows
+        return [self._sample(now, int(row)) for row in chosen]
 
     def kind(self, sample: str, modality: str) -> str | None:
         """Whether what a sample has under a name is an image, audio or timeseries; None where it has nothing to show.
@@ -306,7 +365,7 @@ class Shelf:
 
     def _sample(self, now: _Opened, row: int) -> Sample:
         with self._searching:
-            facts = self.index.facts(row)
+            facts = now.rows.facts(row)
         key, shard, source, position, text = (facts.pop(name) for name in COLUMNS.names)
         meta = {name: value for name, value in facts.items() if value is not None}
         return Sample(**self._facts(now, Place(source, position), key, shard, text, meta))

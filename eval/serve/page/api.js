@@ -17,8 +17,12 @@ const of = (index) => `/api/indices/${encodeURIComponent(index)}`;
 const sample = (index, id) => `${of(index)}/samples/${id}`;
 
 export const indices = () => answer(fetch("/api/indices"));
-export const some = (index, count, seed, signal) => answer(fetch(`${of(index)}/samples?count=${count}&seed=${seed}`, { signal }));
+const asked = (words) => new URLSearchParams(Object.entries(words).filter(([, word]) => word !== null));
+export const some = (index, count, seed, where, signal) => answer(fetch(`${of(index)}/samples?${asked({ count, seed, where })}`, { signal }));
 export const one = (index, id) => answer(fetch(sample(index, id)));
+export const columns = (index) => answer(fetch(`${of(index)}/columns`));
+export const duplicates = (index, threshold, where, signal) =>
+  answer(fetch(`${of(index)}/duplicates?${asked({ threshold, where })}`, { signal }));
 export const plot = (index, id, modality) => answer(fetch(`${sample(index, id)}/plot/${encodeURIComponent(modality)}`));
 export const media = (index, id, modality, side) =>
   `${sample(index, id)}/media/${encodeURIComponent(modality)}` + (side ? `?side=${side}` : "");

@@ -1,13 +1,15 @@
 // The page's state: what is asked, of which indices, and what they answered.
 
 import * as api from "./api.js";
-import { cards, details, el, modelFacts, number, plural } from "./draw.js";
+import { cards, details, el, groups, modelFacts, number, plural, scoresAre } from "./draw.js";
 import { canRecord, kindOf, partOf, record } from "./files.js";
+import * as filters from "./filters.js";
 
 const $ = (id) => document.getElementById(id);
 const seed = Math.floor(Math.random() * 1e9);
 let served = []; // descriptions of the indices
 let parts = []; // files and samples of the query: {kind, name, ..., away}
+let grouped = false; // near-duplicates are shown instead of answers
 let asking = null; // aborts the query that is under way
 
 const named = (name) => served.find((d) => d.name === name);
@@ -39,7 +41,9 @@ function query(d) {
       asked.push({ modality: tower(part.kind, "signals"), data: part.data, weight, ...(part.rate ? { rate: Number(part.rate) } : {}), ...(names.length ? { channels: names } : {}) });
     } else asked.push({ modality: tower(part.kind, part.kind === "image" ? "pictures" : "sounds"), data: part.data, weight });
   }
-  return { index: d.name, parts: asked, top: Number($("top").value) };
+  const where = filters.where($("where").value.trim());
+  const joint = d.joint === "product" && $("joint").value !== "auto" ? { joint: $("joint").value } : {};
+  return { index: d.name, parts: asked, top: Number($("top").value), ...(where ? { where } : {}), ...joint };
 }
 
 const isAsked = () => Boolean($("text").value.trim() || $("away").value.trim() || parts.length);
@@ -52,30 +56,42 @@ async function run() {
   optionsSaid();
   $("results").setAttribute("aria-busy", "true");
   const begun = performance.now();
+  const where = filters.where($("where").value.trim());
   const answers = await Promise.all(chosen().map(async (d) => {
     try {
-      if (isAsked()) return { d, hits: (await api.search(query(d), signal)).hits };
-      return { d, hits: await api.some(d.name, 24, seed, signal), random: true };
+      if (grouped) return { d, found: await api.duplicates(d.name, $("threshold").value, where, signal) };
+      if (isAsked()) return { d, ...(await api.search(query(d), signal)) };
+      return { d, hits: await api.some(d.name, 24, seed, where, signal), random: true };
     } catch (error) {
       return { d, error };
     }
   }));
   if (signal.aborted) return;
   $("results").removeAttribute("aria-busy");
+  scoresAre(answers[0].joint);
   $("results").className = answers.length > 1 ? "two" : "";
   $("results").replaceChildren(...answers.map(column));
   const failed = answers.find((answer) => answer.error);
   if (failed && answers.length === 1) problem(failed.error);
   const count = answers.reduce((sum, answer) => sum + (answer.hits?.length ?? 0), 0);
-  $("status").textContent = failed ? "" : isAsked() ? `${plural(count, "answer")} in ${number(Math.round(performance.now() - begun))} ms`
-    : `Some of what is in it, at random. ${$("text").placeholder.replace(/, or drop/, "; or drop")}.`;
+  const asked = grouped ? "" : isAsked() ? `${plural(count, "answer")} in ${number(Math.round(performance.now() - begun))} ms${passed(answers)}`
+    : `Some of what is in it, at random${where ? ", that passes the filter" : ""}. ${$("text").placeholder.replace(/, or drop/, "; or drop")}.`;
+  $("status").textContent = failed ? "" : asked;
   document.title = $("text").value.trim() ? `${$("text").value.trim()} – mmcontrast` : "mmcontrast search";
 }
 
-function column({ d, hits, error }) {
-  const list = hits ? cards(d.name, hits, { like: (sample) => like(d, sample), open: (place) => show(d, hits, place) }) : null;
-  const nothing = error ? el("p", { class: "bad" }, error.message) : hits.length ? null : el("p", { class: "facts" }, "Nothing found.");
-  return el("section", { class: "column", "data-index": d.name }, el("header", {}, el("h2", {}, d.name), modelFacts(d)), nothing, list);
+function passed(answers) {
+  const said = answers.map((answer) => (answer.passing < answer.d.count ? `${number(answer.passing)} of ${number(answer.d.count)}` : null)).filter(Boolean);
+  const product = answers.some((answer) => answer.joint === "product") ? "; scores are of the product of the parts" : "";
+  return (said.length ? `; ${said.join(" and ")} pass the filter` : "") + product;
+}
+
+function column({ d, hits, found, error }) {
+  const does = (open) => ({ like: (sample) => like(d, sample), open });
+  const list = found ? groups(d.name, found, does((samples, place) => show(d, samples, place)))
+    : hits ? cards(d.name, hits, does((place) => show(d, hits, place))) : null;
+  const nothing = error ? el("p", { class: "bad" }, error.message) : found || hits.length ? null : el("p", { class: "facts" }, "Nothing found.");
+  return el("section", { class: "column", "data-index": d.name }, el("header", {}, el("h2", {}, d.name), modelFacts(d)), nothing, ...[list].flat(Infinity).filter(Boolean));
 }
 
 function like(d, sample) {
@@ -88,7 +104,8 @@ function like(d, sample) {
   window.scrollTo({ top: 0 });
 }
 
-function submit() {
+function submit({ groups = false } = {}) {
+  grouped = groups;
   remember();
   return run();
 }
@@ -195,13 +212,16 @@ function terminal() {
 
 // ------------------------------------------------------------------------------------------------ address
 
-const KEPT = { q: "text", away: "away", index: "index", beside: "beside", top: "top" };
+const KEPT = { q: "text", away: "away", index: "index", beside: "beside", top: "top", where: "where", joint: "joint" };
+const USUAL = { top: "24", joint: "auto" };
 
 function remember() {
   const now = new URLSearchParams();
-  for (const [name, id] of Object.entries(KEPT)) if ($(id).value.trim() && !(name === "top" && $(id).value === "24")) now.set(name, $(id).value.trim());
+  for (const [name, id] of Object.entries(KEPT)) if ($(id).value.trim() && $(id).value !== USUAL[name]) now.set(name, $(id).value.trim());
   const stored = parts.find((part) => part.kind === "like" && !part.away);
   if (stored) { now.set("like", stored.id); now.set("of", stored.of); }
+  if (filters.kept()) now.set("only", filters.kept());
+  if (grouped) now.set("duplicates", $("threshold").value);
   if (`?${now}` !== location.search) history.pushState(null, "", `?${now}`);
 }
 
@@ -212,6 +232,11 @@ async function restore() {
   $("index").value = named(then.get("index"))?.name ?? served[0].name;
   $("beside").value = named(then.get("beside"))?.name ?? "";
   $("top").value = [...$("top").options].some((o) => o.value === then.get("top")) ? then.get("top") : "24";
+  $("where").value = then.get("where") ?? "";
+  $("joint").value = then.get("joint") === "sum" ? "sum" : "auto";
+  filters.restore(then.get("only"));
+  grouped = then.has("duplicates");
+  if (grouped) $("threshold").value = then.get("duplicates");
   forget(parts);
   parts = [];
   if (/^\d{1,9}-\d{1,18}$/.test(then.get("like") ?? "") && named(then.get("of"))) {
@@ -223,19 +248,20 @@ async function restore() {
     }
   }
   drawParts();
-  fit();
+  await fit();
   await run();
 }
 
 // ------------------------------------------------------------------------------------------------ the page
 
 function optionsSaid() {
-  const said = [$("away").value.trim() ? `away from “${$("away").value.trim()}”` : null, $("top").value === "24" ? null : `${$("top").value} answers`].filter(Boolean);
+  const where = filters.where($("where").value.trim());
+  const said = [where, $("away").value.trim() ? `away from “${$("away").value.trim()}”` : null, $("top").value === "24" ? null : `${$("top").value} answers`].filter(Boolean);
   $("options-said").textContent = said.length ? `(${said.join(", ")})` : "";
 }
 
 // What can be asked depends on the towers of the models.
-function fit() {
+async function fit() {
   const known = [["text", "words"], ["image", "a picture"], ["audio", "a sound"], ["timeseries", "a signal"]].filter(([kind]) => accepts(kind));
   const [first, ...dropped] = known[0]?.[0] === "text" ? known : [null, ...known];
   const files = dropped.map(([, word]) => word).join(" or ");
@@ -248,6 +274,8 @@ function fit() {
   $("file").accept = dropped.map(([kind]) => (kind === "timeseries" ? ".npy,.csv" : `${kind}/*`)).join(",");
   for (const option of $("beside").options) option.disabled = option.value === $("index").value;
   if ($("beside").value === $("index").value) $("beside").value = "";
+  $("joint-label").hidden = !chosen().some((d) => d.joint === "product");
+  await filters.draw($("filters"), chosen().map((d) => d.name), () => submit({ groups: grouped }));
 }
 
 function move(event) {
@@ -272,16 +300,21 @@ document.addEventListener("keydown", (event) => {
   } else move(event);
 });
 
-$("ask").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const at = document.activeElement;
+  submit({ groups: at?.id === "threshold" || (grouped && Boolean(at?.closest("#filters, #where"))) });
+});
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "ArrowDown") {
     event.preventDefault();
     document.querySelector(".open")?.focus();
   }
 });
-$("index").addEventListener("change", () => { fit(); drawParts(); submit(); });
-$("beside").addEventListener("change", () => { fit(); drawParts(); submit(); });
-$("top").addEventListener("change", submit);
+for (const id of ["index", "beside"]) $(id).addEventListener("change", async () => { await fit(); drawParts(); submit({ groups: grouped }); });
+for (const id of ["top", "joint"]) $(id).addEventListener("change", () => submit());
+$("where").addEventListener("change", () => submit({ groups: grouped }));
+$("duplicates").addEventListener("click", () => submit({ groups: true }));
 $("attach").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", async () => { await take([...$("file").files]); $("file").value = ""; });
 $("record").addEventListener("click", toggleRecording);

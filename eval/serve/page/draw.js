@@ -22,6 +22,10 @@ function fill(node, attributes, children) {
 }
 
 export const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 3 });
+// Whether scores are of Symile's product instead of cosines.
+let product = false;
+export const scoresAre = (joint) => { product = joint === "product"; };
+
 export const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 
 const seconds = (value) => (value >= 100 ? value.toFixed(0) : value.toPrecision(3).replace(/\.?0+$/, "")) + " s";
@@ -142,7 +146,7 @@ function written(value) {
 function score(value, best) {
   const bar = el("i");
   bar.style.setProperty("--share", Math.max(0, Math.min(1, best > 0 ? value / best : 0)));
-  return el("div", { class: "score", title: `cosine ${value}` }, bar, value.toFixed(3));
+  return el("div", { class: "score", title: `${product ? "score of the product" : "cosine"} ${value}` }, bar, value.toFixed(3));
 }
 
 export function cards(index, samples, { like, open }) {
@@ -151,12 +155,20 @@ export function cards(index, samples, { like, open }) {
   return el("ol", { class: samples.some(isLong) ? "hits long" : "hits" }, found);
 }
 
+export function groups(index, found, { like, open }) {
+  const said = `${plural(found.count, "group")} of near-duplicates among ${plural(found.looked_at, "sample")}; ${number(found.redundant)} beyond the first of each group.`;
+  const more = found.count > found.groups.length ? el("p", { class: "facts" }, `${number(found.count - found.groups.length)} smaller groups are not shown.`) : null;
+  return [el("p", { class: "facts" }, said), found.groups.map((group) => el("section", { class: "group" },
+    el("h3", {}, plural(group.count, "sample") + (group.count > group.samples.length ? `, the first ${group.samples.length}` : "")),
+    cards(index, group.samples, { like, open: (place) => open(group.samples, place) }))), more];
+}
+
 export function modelFacts(d) {
   const recall = d.recall_at_10 === null ? "" : ` · recall@10 ${d.recall_at_10.toFixed(3)} against exact search`;
   const things = { image: "picture", text: "text", audio: "sound", timeseries: "signal" }[d.kind] ?? d.kind;
   return el("p", { class: "facts" }, `${plural(d.count, things)}${things === d.modality || d.modality === d.kind ? "" : ` (${d.modality})`} · made by the model `, el("b", {}, d.model.name),
     ` (${d.model.hash}) · ${d.dim} dimensions · ${d.type}${recall}`,
-    d.readable ? "" : el("span", { class: "bad" }, " · its shards are gone or changed: pictures and sounds cannot be shown"));
+    d.readable ? "" : el("span", { class: "bad" }, " · pictures and sounds cannot be shown: its shards are not there, or changed"));
 }
 
 export function details(index, sample, { like, step, close }) {
