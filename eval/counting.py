@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mmcontrast.data.threads import in_threads
+from mmcontrast.eval.together import world
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -222,9 +223,9 @@ class _Counting:
 
 
 def count(forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
-    """Fill `before` of both."""
-    n = len(forward.queries)
-    blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)]
+    """Fill `before` of both, on all ranks that share the work."""
+    n, ranks = len(forward.queries), world()
+    blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)][ranks.rank :: ranks.size]
 
     def some(rows: slice) -> list[Tensor]:
         return _Counting(forward, backward, right, rows.stop - rows.start).count(rows)
@@ -234,6 +235,9 @@ def count(forward: Direction, backward: Direction | None, right: Right, block: i
             forward.before[rows] += found[0]
             if backward is not None:
                 backward.before += found[1]
+    for direction in (forward, backward):
+        if direction is not None:
+            direction.before = ranks.sum([direction.before.to(ranks.device)])[0].cpu()
 
 
 def _on_cores(function: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:

@@ -13,6 +13,8 @@ from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.result import Result
+from mmcontrast.eval.together import sharing
+from mmcontrast.sharding import World
 
 
 class Task(Configurable):
@@ -43,6 +45,11 @@ class Task(Configurable):
         """The numbers of `answer`, by name."""
         self.last = self.answer(model)
         return self.last.flat()
+
+    def run_together(self, model: MultiEncoder, ranks: World) -> dict[str, float | None]:
+        """`run` on all of these ranks, each of which does a part of the work; the same on every one."""
+        with sharing(ranks):
+            return self.run(model)
 
     def details(self) -> dict[str, Any]:
         """What `run` answered last, as plain values, for a report that is drawn later; empty before."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from mmcontrast.eval.labels import class_flags, class_numbers, labels_of, names_
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import Result
 from mmcontrast.eval.task import EmbeddedTask, groups_of
+from mmcontrast.eval.together import in_parts
+
+_PROMPTS = 1024  # that a rank encodes at once
 
 
 class ZeroShot(EmbeddedTask):
@@ -128,7 +132,12 @@ def class_embeddings(model: MultiEncoder, modality: str, prompts: Sequence[Seque
     places: dict[str, int] = {}
     for text in (text for texts in prompts for text in texts):
         places.setdefault(text, len(places))
-    z = model.encode(modality, list(places))
+    # By length, so that few are padded; in pieces, which ranks share.
+    texts = sorted(places, key=len)
+    pieces = [texts[i : i + _PROMPTS] for i in range(0, len(texts), _PROMPTS)]
+    sorted_z = torch.cat(in_parts(partial(model.encode, modality), pieces))
+    z = torch.empty_like(sorted_z)
+    z[[places[text] for text in texts]] = sorted_z
     means = torch.stack([z[[places[text] for text in texts]].mean(0) for texts in prompts])
     return torch.nn.functional.normalize(means, dim=-1)
 

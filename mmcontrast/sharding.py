@@ -9,7 +9,9 @@ Letters: W ranks, n rows per rank, N = W * n rows of the global batch, B rows of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmcontrast.batch import Embeddings
+from mmcontrast.config import ConfigError
 from mmcontrast.evaluate import Accumulator, GlobalBatch, Settings, evaluate
 from mmcontrast.objectives.base import Objective
 
@@ -30,6 +33,27 @@ class World:
         active = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if active else 0
         self.size = dist.get_world_size(group) if active else 1
+
+    @staticmethod
+    def alone() -> World:
+        """This process, whatever group it is in."""
+        world = World.__new__(World)
+        world.group, world.rank, world.size = None, 0, 1
+        return world
+
+    def broadcast(self, t: Tensor, rank: int) -> None:
+        """Fill a contiguous tensor, wherever it lies, with that of one rank."""
+        if self.size > 1:
+            sent = t.to(self.device)
+            dist.broadcast(sent, group=self.group, group_src=rank)
+            if sent is not t:
+                t.copy_(sent)
+
+    @property
+    def device(self) -> torch.device:
+        """Where what these ranks exchange must lie."""
+        nccl = self.size > 1 and "nccl" in str(dist.get_backend(self.group)) and torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def gather(self, local: Tensor) -> Tensor:
         """[n, ...] of every rank, in rank order -> [N, ...]."""
@@ -84,6 +108,26 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+@contextmanager
+def launched() -> Generator[World]:
+    """The processes that torchrun or `accelerate launch` started, which exchange what lies on the CPU; or this one.
+
+    Raises:
+        ConfigError: they cannot find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield World()
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the processes cannot find each other: {str(error)[:200]}; launch with torchrun") from None
+    try:
+        yield World()
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

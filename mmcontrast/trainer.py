@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,15 @@ class Evaluator(Protocol):
 
     def run(self, model: MultiEncoder) -> Mapping[str, float | None]:
         """Name -> value."""
+        ...
+
+
+@runtime_checkable
+class SharedEvaluator(Evaluator, Protocol):
+    """One that all ranks can answer together; others are asked on rank 0, for which the rest wait."""
+
+    def run_together(self, model: MultiEncoder, ranks: World) -> Mapping[str, float | None]:
+        """Name -> value, the same on every rank; an error, too, comes to all of them."""
         ...
 
 
@@ -429,14 +438,21 @@ class Trainer(Configurable):
         models = {"eval": self.layout.whole_model(self.model)}
         if self.ema is not None:
             models["eval_ema"] = self.layout.whole_model(self.ema.model)
-        if self.is_main:
-            try:
-                for name, evaluator in self.evaluators.items():
-                    for kind, model in models.items():
+        everywhere = all(self.world.gather_objects(None not in models.values()))
+        try:
+            for name, evaluator in self.evaluators.items():
+                for kind, model in models.items():
+                    if everywhere and isinstance(evaluator, SharedEvaluator):
                         assert model is not None
-                        found |= {f"{kind}/{name}/{key}": value for key, value in evaluator.run(model).items()}
-            except ConfigError as error:
-                problem = error
+                        values = evaluator.run_together(model, self.world)
+                    elif self.is_main:
+                        assert model is not None
+                        values = evaluator.run(model)
+                    else:
+                        continue
+                    found |= {f"{kind}/{name}/{key}": value for key, value in values.items()}
+        except ConfigError as error:
+            problem = error
         self.folder.raise_together(problem)
         return found
 
