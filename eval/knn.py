@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.statistics import Floats
-from mmcontrast.eval.trained import Examples, Learned, TrainedTask, divided, worth
+from mmcontrast.eval.trained import Examples, Learned, Probe, divided, worth
 
 
-class KNN(TrainedTask):
+class KNN(Probe):
     """k nearest neighbours by cosine, with votes weighted by e^(cosine / T) (Wu et al. 2018, arXiv:1805.01978, 3.4).
 
     k is the best of a grid on held-out training samples, a tie goes to the smaller; the neighbours are then looked for
@@ -26,7 +26,7 @@ class KNN(TrainedTask):
     task = "knn"
 
     @dataclass(kw_only=True)
-    class Config(TrainedTask.Config):
+    class Config(Probe.Config):
         """What is classified, what is learned from, and how."""
 
         k: tuple[int, ...] = (1, 3, 5, 10, 20, 50, 100, 200)

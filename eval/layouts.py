@@ -6,6 +6,7 @@
     ROOT/clotho_captions_*.csv          Clotho, five captions per sound
     ROOT/*.csv with youtube_id          AudioCaps, a caption per line, several lines per sound
     ROOT/CLASS/*.jpg                    a folder per class (ImageFolder), of pictures or sounds
+    ROOT/examples.jsonl, images/        Winoground, two pictures and two captions of the same words in each line
     TABLE.csv, .tsv, .jsonl, .parquet   a line per sample, or per caption of one
 
 Where several of ROOT/test, ROOT/val and ROOT/train are there, `split` says which is meant.
@@ -195,6 +196,20 @@ def _audiocaps(root: Path, how: Reading) -> Source | None:
     )
 
 
+def _winoground(root: Path, how: Reading) -> Source | None:
+    table = root / "examples.jsonl"
+    if not table.is_file() or "caption_1" not in _head(table):
+        return None
+    records: list[Record] = []
+    for number, row in read_table(table):
+        for i in (0, 1):
+            name, caption = (_needed(table, number, row, f"{what}_{i}") for what in ("image", "caption"))
+            path = root / "images" / (name if Path(name).suffix else f"{name}.png")
+            meta = {"set": row.get("id", number), "tag": row.get("collapsed_tag")}
+            records.append(Record(name, {"image": [path]}, [caption], meta))
+    return Files(root, records, (), (), ("compositional",))
+
+
 def _folders(root: Path, how: Reading) -> Source | None:
     def has_classes(path: Path) -> bool:
         return path.is_dir() and any(_medium(p) for p in path.iterdir() if p.is_dir() and p.name not in SPLITS)
@@ -268,6 +283,7 @@ LAYOUTS: Mapping[str, Callable[[Path, Reading], Source | None]] = {
     "esc50": _esc50,
     "clotho": _clotho,
     "audiocaps": _audiocaps,
+    "winoground": _winoground,
     "folders": _folders,
     "table": _table,
 }
@@ -279,6 +295,7 @@ _EXPECTED: Mapping[str, str] = {
     "esc50": "there is no meta/esc50.csv",
     "clotho": "there is no clotho_captions_….csv",
     "audiocaps": "there is no test.csv with a column youtube_id",
+    "winoground": "there is no examples.jsonl with caption_0 and caption_1",
     "folders": "there are no folders with pictures or sounds",
     "table": "there is no table (.csv, .tsv, .jsonl, .parquet), or several of which none is named after the split",
 }

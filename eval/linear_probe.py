@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.classified import softmax
 from mmcontrast.eval.statistics import Floats
-from mmcontrast.eval.trained import Examples, Learned, TrainedTask, divided, worth
+from mmcontrast.eval.trained import Examples, Learned, Probe, divided, worth
 
 
-class LinearProbe(TrainedTask):
+class LinearProbe(Probe):
     """A logistic regression on frozen embeddings (CLIP, Radford et al. 2021, arXiv:2103.00020, app. A.3).
 
     Softmax for one class per sample, one yes-or-no regression per class where labels are lists; L2 regularisation,
@@ -32,7 +32,7 @@ class LinearProbe(TrainedTask):
     renamed = ("acc1", "acc5", "mean_per_class_recall")
 
     @dataclass(kw_only=True)
-    class Config(TrainedTask.Config):
+    class Config(Probe.Config):
         """What is classified, what is learned from, and how."""
 
         c: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -57,7 +57,7 @@ class LinearProbe(TrainedTask):
         best = grid[0]
         if len(grid) > 1:
             fitted, held = divided(train, self.task)
-            probe = _Probe(fitted, classes, self.config.max_iterations)
+            probe = _Regression(fitted, classes, self.config.max_iterations)
             values: list[float] = []
             for c in tqdm(grid, desc=self.task, unit="fit", disable=not sys.stderr.isatty()):
                 probe.fit(c)
@@ -66,14 +66,14 @@ class LinearProbe(TrainedTask):
             facts["held_out_mean_average_precision" if train.right.ndim > 1 else "held_out_acc1"] = max(values)
             if best == grid[-1]:
                 warnings.append(f"C = {best:g} is the largest of the grid: a weaker regularisation may be better still")
-        probe = _Probe(train, classes, self.config.max_iterations)
+        probe = _Regression(train, classes, self.config.max_iterations)
         probe.fit(best)
         if probe.stopped:
             warnings.append(f"the fit stopped after {self.config.max_iterations} steps; raise max_iterations")
         return Learned(probe.scores, softmax(1.0), {"C": best, **facts}, warnings)
 
 
-class _Probe:
+class _Regression:
     """Standardisation, and a regression that goes on from the last one's weights."""
 
     def __init__(self, train: Examples, classes: int, max_iterations: int) -> None:

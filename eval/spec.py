@@ -18,6 +18,8 @@ from typing import Any, cast
 
 from mmcontrast.config import CLASS_KEY, ConfigError, Configurable, class_path, from_dict, suggest
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.compositional import Compositional
+from mmcontrast.eval.few_shot import FewShot
 from mmcontrast.eval.geometry import Geometry
 from mmcontrast.eval.joint import Joint
 from mmcontrast.eval.knn import KNN
@@ -36,6 +38,8 @@ TASKS: Mapping[str, type[EmbeddedTask]] = {
     "geometry": Geometry,
     "linear_probe": LinearProbe,
     "knn": KNN,
+    "few_shot": FewShot,
+    "compositional": Compositional,
     "joint": Joint,
 }
 """The questions that can be asked of any data set, by name."""
@@ -166,8 +170,9 @@ class Spec(Configurable):
                 **{name: getattr(c, name) for name in _PROMPTS},
             },
             **dict.fromkeys(("linear_probe", "knn"), classified),
+            "few_shot": {**classified, "prompt_modality": y, "templates": c.templates, "prompts": c.prompts},
             "retrieval": {"pair": [x, y], "group": c.group},
-            "geometry": {"pair": [x, y]},
+            **dict.fromkeys(("geometry", "compositional"), {"pair": [x, y]}),
             "joint": {
                 "candidate": x,
                 "known": known,

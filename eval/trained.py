@@ -60,13 +60,31 @@ class Learned:
     warnings: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Posed:
+    """What is asked, and what is learned from.
+
+    Attributes:
+        examples: what is learned from.
+        x: [n, D] float32, unit norm, of what is asked.
+        right: [n] int64 or [n, C] bool, its classes.
+        classes: [C] names.
+        names, positions, groups: [n] as `Classified` has them.
+        warnings: what may mislead.
+    """
+
+    examples: Examples
+    x: NDArray[np.float32]
+    right: NDArray[Any]
+    classes: Sequence[str]
+    names: Sequence[str]
+    positions: Sequence[int]
+    groups: NDArray[np.int64] | None
+    warnings: Sequence[str]
+
+
 class TrainedTask(EmbeddedTask):
     """A question whose answer is learned from the training data's labels."""
-
-    task: str
-    """What results call it."""
-    renamed: Sequence[str] = ()
-    """Metrics that CLIP_benchmark has, under names with lp_ before them."""
 
     @dataclass(kw_only=True)
     class Config(EmbeddedTask.Config):
@@ -91,23 +109,20 @@ class TrainedTask(EmbeddedTask):
         """What is classified."""
         return [self.config.modality]
 
-    def learn(self, train: Examples, classes: int) -> Learned:
-        """Train on labelled samples, and choose settings on a part of them."""
-        raise NotImplementedError
-
     def score(self, model: MultiEncoder, data: Embedded, train: Embedded | None = None) -> Result:
-        """Learn, and name the classes of the samples of `data`; `Classified` tells what the numbers mean.
-
-        A class without training samples cannot be found; samples of it count as wrong. Chance is a class at random, and
-        `majority` the class that most training samples have.
-
-        Args:
-            model: which embedded both.
-            data: what is asked about.
-            train: what is learned from; by default the shards that `train` names.
+        """Learn from `train`, by default the shards that the settings name, and answer about `data`.
 
         Raises:
-            ConfigError: data without the modality or the label, or training data that are those that are asked about.
+            ConfigError: as `pose`.
+        """
+        raise NotImplementedError
+
+    def pose(self, model: MultiEncoder, data: Embedded, train: Embedded | None) -> Posed:
+        """Labels and features of both sides.
+
+        Raises:
+            ConfigError: data without the modality or the label, no training data, or training data that are those that
+                are asked about.
         """
         c = self.config
         if train is None:
@@ -118,43 +133,77 @@ class TrainedTask(EmbeddedTask):
             raise ConfigError("the training data are those that are asked about; name others with train")
         if c.features == "tower":
             data, train = (embed(tower(model), d.source, modalities=self.modalities()) for d in (data, train))
-        asked, learned = (labels_of(d, c.modality, c.label, drop_empty=c.drop_empty) for d in (data, train))
-        labels = [*asked[1], *learned[1]]
-        classes = list(c.classes or data.source.classes) or names_in(labels)
-        read: Callable[..., NDArray[Any]] = class_flags if several(labels) else class_numbers
-        field_of_group = c.group or c.bootstrap_by
-        x, known = (d.z[c.modality].numpy() for d in (data, train))
-        rows = [int(data.rows[c.modality][i]) for i in asked[0]]
-        rows_known = [int(train.rows[c.modality][i]) for i in learned[0]]
-        examples = Examples(
-            known[learned[0]], read(learned[1], classes), groups_of(train.meta, rows_known, field_of_group)
+        (items, asked), (known_items, known) = (
+            labels_of(d, c.modality, c.label, drop_empty=c.drop_empty) for d in (data, train)
         )
-        right = read(asked[1], classes)
-        found = self.learn(examples, len(classes))
-        places = np.array(asked[0])
+        classes = list(c.classes or data.source.classes) or names_in([*asked, *known])
+        read: Callable[..., NDArray[Any]] = class_flags if several([*asked, *known]) else class_numbers
+        field_of_group = c.group or c.bootstrap_by
+        rows, known_rows = (d.rows[c.modality][at] for d, at in ((data, items), (train, known_items)))
+        groups = groups_of(train.meta, known_rows.tolist(), field_of_group)
+        return Posed(
+            examples=Examples(train.z[c.modality][known_items].numpy(), read(known, classes), groups),
+            x=data.z[c.modality][items].numpy(),
+            right=read(asked, classes),
+            classes=classes,
+            names=data.names_of(rows),
+            positions=data.positions[rows].tolist(),
+            groups=groups_of(data.meta, rows.tolist(), c.bootstrap_by),
+            warnings=_common(data, rows.tolist(), train, known_rows.tolist(), field_of_group),
+        )
+
+
+class Probe(TrainedTask):
+    """A classifier that is trained on the labels."""
+
+    task: str
+    """What results call it."""
+    renamed: Sequence[str] = ()
+    """Metrics that CLIP_benchmark has, under names with lp_ before them."""
+
+    def learn(self, train: Examples, classes: int) -> Learned:
+        """Train on labelled samples, and choose settings on a part of them."""
+        raise NotImplementedError
+
+    def score(self, model: MultiEncoder, data: Embedded, train: Embedded | None = None) -> Result:
+        """Learn, and name the classes of the samples of `data`; `Classified` tells what the numbers mean.
+
+        A class without training samples cannot be found; samples of it count as wrong. Chance is a class at random, and
+        `majority` the class that most training samples have.
+
+        Raises:
+            ConfigError: as `pose`.
+        """
+        p = self.pose(model, data, train)
+        found = self.learn(p.examples, len(p.classes))
         classified = Classified(
             task=self.task,
-            names=data.names_of(data.rows[c.modality][places]),
-            positions=data.positions[rows].tolist(),
-            classes=classes,
-            scores=lambda part: found.scores(x[places[part]]),
+            names=p.names,
+            positions=p.positions,
+            classes=p.classes,
+            scores=lambda part: found.scores(p.x[part]),
             probabilities=found.probabilities,
-            groups=groups_of(data.meta, rows, c.bootstrap_by),
+            groups=p.groups,
             facts=found.facts,
-            counts={"training_samples": len(examples.x)},
-            warnings=[*found.warnings, *_common(data, rows, train, rows_known, field_of_group)],
+            counts={"training_samples": len(p.examples.x)},
+            warnings=[*found.warnings, *p.warnings],
         )
-        if several(labels):
-            return classified.of_several(right)
-        counts = np.bincount(examples.right, minlength=len(classes))
-        unseen = int((counts[right] == 0).sum())
-        warnings = [f"{unseen} samples are of classes without training samples: they count as wrong"] if unseen else []
+        if p.right.ndim > 1:
+            return classified.of_several(p.right)
+        counts = np.bincount(p.examples.right, minlength=len(p.classes))
         return replace(
             classified,
-            chance={"majority": float((right == counts.argmax()).mean())},
-            warnings=[*classified.warnings, *warnings],
+            chance={"majority": float((p.right == counts.argmax()).mean())},
+            warnings=[*classified.warnings, *unseen(p)],
             renamed={f"lp_{name}": name for name in self.renamed},
-        ).of_one(right)
+        ).of_one(p.right)
+
+
+def unseen(posed: Posed) -> list[str]:
+    """A warning where samples are of classes that no training sample has."""
+    counts = np.bincount(posed.examples.right, minlength=len(posed.classes))
+    lost = int((counts[posed.right] == 0).sum())
+    return [f"{lost} samples are of classes without training samples: they count as wrong"] if lost else []
 
 
 def divided(examples: Examples, *names: str) -> tuple[Examples, Examples]:

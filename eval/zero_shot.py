@@ -5,7 +5,7 @@ Letters: n samples, C classes, P prompts, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -85,7 +85,7 @@ class ZeroShot(EmbeddedTask):
         c = self.config
         items, labels = labels_of(data, c.modality, c.label, drop_empty=c.drop_empty)
         classes = list(c.classes or data.source.classes) or names_in(labels)
-        prompts = self._prompts(classes, data.source.templates)
+        prompts = prompts_of(classes, c.prompts, c.templates or data.source.templates)
         heads = class_embeddings(model, c.prompt_modality, prompts)
         negative = self._negative_prompts(classes)
         if negative:
@@ -107,10 +107,6 @@ class ZeroShot(EmbeddedTask):
         found = rank(z, heads, torch.from_numpy(truth), torch.arange(len(classes)), block=c.block)
         return classified.of_one(truth, found.best.numpy())
 
-    def _prompts(self, classes: Sequence[str], of_data: Sequence[str]) -> list[Sequence[str]]:
-        templates = self.config.templates or of_data or ("{c}",)
-        return [self.config.prompts.get(name) or _filled(templates, name) for name in classes]
-
     def _negative_prompts(self, classes: Sequence[str]) -> list[Sequence[str]]:
         c = self.config
         found = [c.negative_prompts.get(name) or _filled(c.negative_templates, name) for name in classes]
@@ -121,6 +117,13 @@ class ZeroShot(EmbeddedTask):
                 "give it some, or negative templates for all"
             )
         return [] if without else found
+
+
+def prompts_of(
+    classes: Sequence[str], prompts: Mapping[str, Sequence[str]], templates: Sequence[str]
+) -> list[Sequence[str]]:
+    """Each class's own prompts, or the templates with its name; without templates the bare name."""
+    return [prompts.get(name) or _filled(templates or ("{c}",), name) for name in classes]
 
 
 def _filled(templates: Sequence[str], name: str) -> Sequence[str]:

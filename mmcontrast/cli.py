@@ -100,7 +100,10 @@ def report(runs: Positional[tuple[Path, ...]], out: Path | None = None, trust: t
 def evaluate(
     model: Positional[str],
     data: Positional[tuple[str, ...]] = (),
-    tasks: tuple[Literal["zero_shot", "retrieval", "geometry", "linear_probe", "knn", "joint"], ...] = (),
+    tasks: tuple[
+        Literal["zero_shot", "retrieval", "geometry", "linear_probe", "knn", "few_shot", "joint", "compositional"],
+        ...,
+    ] = (),
     train: tuple[str, ...] = (),
     label: str | None = None,
     templates: tuple[str, ...] = (),
@@ -121,7 +124,7 @@ def evaluate(
             flickr30k, coco, ptbxl_super, ptbxl_sub, ptbxl_form, ptbxl_rhythm); or data as they lie: shards,
             CLIP_benchmark's folders, a folder per class, a table. None: the evaluators of the recipe.
         tasks: questions to ask; by default what the data are made for.
-        train: labelled data that linear_probe and knn learn from; by default the split train of the data.
+        train: labelled data that linear_probe, knn and few_shot learn from; by default the split train of the data.
         label: metadata field, or column of a table, with the class.
         templates: prompts with {c} for the class name.
         pair: the modalities that are compared; the first one is what zero_shot classifies.
