@@ -12,7 +12,7 @@ from typing import Any
 from mmcontrast.arguments import write_json
 from mmcontrast.checkpoint import find_checkpoint, read_config
 from mmcontrast.config import ConfigError, from_dict
-from mmcontrast.eval.embed import Embedded, embed, has
+from mmcontrast.eval.embed import Embedded, EmbeddingCache, embed, has
 from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
 from mmcontrast.eval.sources import Source
@@ -67,11 +67,18 @@ class Answer:
         return found
 
 
-def answer(models: Sequence[Asked], specs: Sequence[Spec.Config]) -> tuple[list[Answer], list[str]]:
+def answer(
+    models: Sequence[Asked], specs: Sequence[Spec.Config], *, cache: Path | None = None
+) -> tuple[list[Answer], list[str]]:
     """Every question about every data set, each embedded once per model; the first is compared with the second.
 
     A question that a data set cannot answer (no labels, say) is left out if it answers another one; if none, that is
     an error.
+
+    Args:
+        models: who is asked.
+        specs: the data sets and their questions.
+        cache: folder where embeddings are kept, to be read by whoever asks the same model about the same data again.
 
     Returns:
         The answers, those of the first model first for each data set; and what was left out, and why.
@@ -84,7 +91,7 @@ def answer(models: Sequence[Asked], specs: Sequence[Spec.Config]) -> tuple[list[
     for config in specs:
         spec: Spec = config.build()
         source = spec.open()
-        of_models = [_ask(model, spec, source, problems) for model in models]
+        of_models = [_ask(model, spec, source, problems, cache) for model in models]
         for task, found in of_models[0].items():
             if len(models) > 1 and task in of_models[1]:
                 differences = compare(found.result, of_models[1][task].result)
@@ -94,13 +101,14 @@ def answer(models: Sequence[Asked], specs: Sequence[Spec.Config]) -> tuple[list[
     return answers, problems
 
 
-def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str]) -> dict[str, Answer]:
+def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str], folder: Path | None) -> dict[str, Answer]:
     model, name = asked.model, spec.config.name
     tasks = spec.questions(model, source, asked.training)
     wanted = list(dict.fromkeys(m for task in tasks.values() for m in task.modalities()))
     # Without those that no sample has: pictures with labels alone can still be classified.
     there = [m for m in wanted if has(source, model, m)]
-    data = embed(model, source, modalities=there or wanted, progress=sys.stderr.isatty())
+    cache = None if folder is None else EmbeddingCache(folder, asked.identity)
+    data = embed(model, source, modalities=there or wanted, progress=sys.stderr.isatty(), cache=cache)
     learning = list(dict.fromkeys(m for t in tasks.values() if isinstance(t, TrainedTask) for m in t.modalities()))
     found: dict[str, Answer] = {}
     failed: list[str] = []
@@ -108,7 +116,9 @@ def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str]) -> dict[
     for key, task in tasks.items():
         try:
             if isinstance(task, TrainedTask):
-                train = train or embed(model, spec.open_train(), modalities=learning, progress=sys.stderr.isatty())
+                train = train or embed(
+                    model, spec.open_train(), modalities=learning, progress=sys.stderr.isatty(), cache=cache
+                )
                 result = task.score(model, data, train)
             else:
                 result = task.score(model, data)

@@ -336,16 +336,9 @@ def _together(
     length = min(_CHUNKS, max(1, len(chunks) // _PARTS))
     parts = [range(start, min(start + length, len(chunks))) for start in range(0, len(chunks), length)]
     mine: dict[int, _Part] = {}
+    opened = None if cache is None else _open(cache, chunks, length)
     problem: Exception | None = None
     try:
-        opened = None
-        if cache is not None:
-            (modality,) = names
-            said = {"batch": chunks.size, "chunks": length}
-            if ranks.rank == 0:
-                opened = cache.open(chunks.source, modality, **said)
-            agree(None)  # rank 0 first: it removes what is of another plan
-            opened = opened or cache.open(chunks.source, modality, **said)
         wanted = {number: parts[number] for number in range(ranks.rank, len(parts), ranks.size)}
         mine = dict(_embedded(model, chunks, wanted, workers, progress and ranks.rank == 0, opened))
     except Exception as error:
@@ -373,6 +366,22 @@ def _together(
             if len(of_part):
                 ranks.broadcast(place, number % ranks.size)
     return found
+
+
+def _open(cache: EmbeddingCache, chunks: _Chunks, length: int) -> Parts:
+    """The parts of the one modality on the disk, on rank 0 first: it removes those of another plan."""
+    (modality,) = chunks.transforms
+    opened: Parts | None = None
+    for first in (True, False):
+        problem: Exception | None = None
+        if (world().rank == 0) is first:
+            try:
+                opened = cache.open(chunks.source, modality, batch=chunks.size, chunks=length)
+            except Exception as error:
+                problem = error
+        agree(problem)
+    assert opened is not None
+    return opened
 
 
 def _embedded(
@@ -406,14 +415,14 @@ def _embedded(
         disable=not progress,
     )
     order = [chunk for part in left.values() for chunk in part]
-    loaded = iter(DataLoader(chunks, batch_size=None, sampler=order, num_workers=workers) if order else ())
+    loaded: Iterator[_Chunk] = iter(DataLoader(chunks, batch_size=None, sampler=order, num_workers=workers))
     with bar:
         for number, part in left.items():
             z: dict[str, list[Tensor]] = {m: [] for m in names}
             rows: dict[str, list[Tensor]] = {m: [] for m in names}
             made = _Part({}, {}, {}, {})
             for place in part:
-                chunk: _Chunk = next(loaded)
+                chunk = next(loaded)
                 for m in names:
                     z[m] += [model.embed(m, x).float().cpu() for x in chunk.batches[m]]
                     rows[m].append(chunk.rows[m])

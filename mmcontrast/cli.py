@@ -114,9 +114,12 @@ def evaluate(
     out: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     report: Path | None = None,
+    cache: Path | None = None,
     trust: tuple[str, ...] = (),
 ) -> None:
     """Ask a model questions about data; without data, the questions that its recipe asks.
+
+    On several processes, which share the work: torchrun --nproc_per_node N -m mmcontrast eval …
 
     Args:
         model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
@@ -134,25 +137,37 @@ def evaluate(
         out: also write one JSON file per result into this folder, as `clip_benchmark build` takes them.
         json_file: also write all results here, one object per data set and task.
         report: also write a page with charts, and samples to look at and to hear.
+        cache: keep embeddings of data in this folder; they are read when the same weights meet the same data again,
+            and embedding that was ended goes on.
         trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.answer import answer, answer_again, write_answers
     from mmcontrast.eval.models import load_asked
     from mmcontrast.eval.report import as_table
     from mmcontrast.eval.spec import override, read_spec
+    from mmcontrast.eval.together import Elsewhere, sharing
+    from mmcontrast.sharding import launched
 
     problems: list[str] = []
-    if not data:
-        if against is not None:
-            raise ConfigError("--against needs data: mmcontrast eval MODEL DATA… --against OTHER")
-        answers = answer_again(Path(model), trust=trust)
-    else:
-        said: dict[str, Any] = {"label": label, "pair": pair, "group": group, "bootstrap_by": bootstrap_by}
-        specs = [override(read_spec(name), tasks=tasks, templates=templates, train=train, **said) for name in data]
-        models = [load_asked(name, trust=trust) for name in (model, against) if name is not None]
-        answers, problems = answer(models, specs)
-        for problem in problems:
-            print(problem, file=sys.stderr)
+    with launched() as ranks, sharing(ranks):
+        try:
+            if not data:
+                if against is not None:
+                    raise ConfigError("--against needs data: mmcontrast eval MODEL DATA… --against OTHER")
+                answers = answer_again(Path(model), trust=trust)
+            else:
+                said: dict[str, Any] = {"label": label, "pair": pair, "group": group, "bootstrap_by": bootstrap_by}
+                specs = [
+                    override(read_spec(name), tasks=tasks, templates=templates, train=train, **said) for name in data
+                ]
+                models = [load_asked(name, trust=trust) for name in (model, against) if name is not None]
+                answers, problems = answer(models, specs, cache=cache)
+        except Elsewhere:
+            raise SystemExit(2) from None
+    if ranks.rank:
+        return
+    for problem in problems:
+        print(problem, file=sys.stderr)
     print(as_table(answers))
     write_json(json_file, [a.to_json() for a in answers])
     if out is not None:

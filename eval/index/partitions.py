@@ -11,13 +11,11 @@ has. Several processes take partitions by locking them, each with a model of its
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +26,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmcontrast.batch import Batch
-from mmcontrast.checkpoint import sync
 from mmcontrast.config import ConfigError
 from mmcontrast.data.reader import Example, Reader
 from mmcontrast.decode import DECODERS
@@ -37,6 +34,7 @@ from mmcontrast.eval.index.rows import table_of
 from mmcontrast.eval.index.segment import Part, write_rows
 from mmcontrast.eval.index.vectors import open_vectors, write_vectors
 from mmcontrast.eval.models import load_asked
+from mmcontrast.eval.parts import Parts
 from mmcontrast.shards import FORMATS, BadSample, ShardSet
 
 SAMPLES = 8192
@@ -150,24 +148,22 @@ def embed_partitions(
     """
     team = team or Team()
     plan = {**plan, "samples": SAMPLES}
-    file = folder / "plan.json"
-    if team.rank == 0 and (not file.is_file() or file.read_text("utf-8") != json.dumps(plan)):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        file.write_text(json.dumps(plan), "utf-8")
+    if team.rank == 0:
+        Parts(folder, plan)  # alone, since parts of another plan are removed
     team.wait()
+    parts = Parts(folder, plan)
     count = work.processes or max(1, torch.cuda.device_count())
     if count < 1:
         raise ConfigError(f"processes is {work.processes}; at least 1 must encode")
-    with _Watch(work, folder, progress, team.size) as watch:
+    with _Watch(work, parts, progress, team.size) as watch:
         if count == 1 or team.size > 1:
-            _encode(folder, work, team.local, watch.add)
+            _encode(parts, work, team.local, watch.add)
             team.wait()
             return
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, and hang
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
         processes = [
-            context.Process(target=_process, args=(folder, work, rank, count, pipe[1]), daemon=work.workers == 0)
+            context.Process(target=_process, args=(parts, work, rank, count, pipe[1]), daemon=work.workers == 0)
             for rank, pipe in enumerate(pipes)
         ]
         try:
@@ -195,11 +191,11 @@ def read_parts(folder: Path, work: Work) -> tuple[list[Part], list[tuple[str, st
     return parts, skipped
 
 
-def _process(folder: Path, work: Work, rank: int, count: int, pipe: Any) -> None:
+def _process(parts: Parts, work: Work, rank: int, count: int, pipe: Any) -> None:
     try:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
-        _encode(folder, work, rank, pipe.send)
+        _encode(parts, work, rank, pipe.send)
         pipe.send(None)
     except BaseException as error:
         pipe.send(f"{error}" if isinstance(error, ConfigError) else repr(error))
@@ -224,7 +220,7 @@ def _listen(pipes: Sequence[Any], add: Callable[[int], None]) -> None:
                 add(said)
 
 
-def _encode(folder: Path, work: Work, rank: int, add: Callable[[int], None]) -> None:
+def _encode(parts: Parts, work: Work, rank: int, add: Callable[[int], None]) -> None:
     """Embed every partition that nobody has embedded and nobody is embedding."""
     model = load_asked(work.model, trust=work.trust).model
     if torch.cuda.is_available():
@@ -232,21 +228,19 @@ def _encode(folder: Path, work: Work, rank: int, add: Callable[[int], None]) -> 
     names = work.modality.split(POOL)
     reader = Reader(work.shards, {m: model.encoder(m).transform(train=False) for m in names}, lacking=True)
     for number, samples in enumerate(work.partitions):
-        if (folder / f"{number:06d}.json").is_file():
-            continue
-        with ExitStack() as stack:
-            lock = os.open(folder / f"{number:06d}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-            stack.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            if not (folder / f"{number:06d}.json").is_file():
-                _write(folder / f"{number:06d}", model, reader, samples, work, add)
+        with parts.claim(number) as ours:
+            if ours:
+                _write(parts, number, model, reader, samples, work, add)
 
 
 def _write(
-    path: Path, model: MultiEncoder, reader: Reader, samples: range, work: Work, add: Callable[[int], None]
+    parts: Parts,
+    partition: int,
+    model: MultiEncoder,
+    reader: Reader,
+    samples: range,
+    work: Work,
+    add: Callable[[int], None],
 ) -> None:
     """Embed one partition."""
     z: list[Any] = [np.zeros((0, model.config.dim), np.float32)]
@@ -268,16 +262,11 @@ def _write(
     }
     table = table_of(columns, [e.meta for e in examples])
     try:
-        write_vectors(path.with_suffix(".npy"), z, model.config.dim)
+        write_vectors(parts.path(partition, ".npy"), z, model.config.dim)
     except ConfigError as error:
         raise ConfigError(f"{work.model}: {error}") from None
-    write_rows(path.with_suffix(".parquet"), [table], table.schema)
-    for end in (".npy", ".parquet"):
-        sync(path.with_suffix(end))
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps({"skipped": skipped}), "utf-8", "backslashreplace")
-    sync(temporary)
-    temporary.replace(path.with_suffix(".json"))
+    write_rows(parts.path(partition, ".parquet"), [table], table.schema)
+    parts.finish(partition, {"skipped": skipped}, ".npy", ".parquet")
 
 
 def _pooled(model: MultiEncoder, batch: Batch) -> Any:
@@ -299,10 +288,10 @@ def text_of(shards: ShardSet, position: int) -> str | None:
 class _Watch:
     """A bar over the samples, those of earlier runs included but not counted in the rate; of several, over a share."""
 
-    def __init__(self, work: Work, folder: Path, progress: bool, among: int) -> None:
+    def __init__(self, work: Work, parts: Parts, progress: bool, among: int) -> None:
         from tqdm import tqdm
 
-        done = sum(len(s) for i, s in enumerate(work.partitions) if (folder / f"{i:06d}.json").is_file())
+        done = sum(len(s) for i, s in enumerate(work.partitions) if parts.done(i))
         self._bar: Any = tqdm(
             total=-(-len(work.shards) // among),
             initial=done // among,
