@@ -12,7 +12,7 @@ Ratios are ours / the peer's, medians of same-round ratios, where the name says 
   ten, both ways (which finds no ranks). `retrieval_floor_N` is the matrix product alone / FAISS.
 * `retrieval_time_vs_open_clip`, `_vs_clip_benchmark`: the same / `get_clip_metrics`, `zeroshot_retrieval.evaluate`.
 * `retrieval_peak_mb` is ours in MB, above the process with libraries and inputs, for pieces of 512 queries;
-  `retrieval_peak_share` is it / (2 * 512 * N * 4 bytes + 32 MB). `_faiss`, `_open_clip`: theirs in MB.
+  `retrieval_peak_share` is it / (2 * 512 * N * 4 bytes + 32 MB). `retrieval_peak_mb_faiss` is FAISS's.
 * `head_time`: the embeddings of 1,000 classes by 80 prompts / CLIP_benchmark's `zero_shot_classifier`.
 * `shards_classification_time`, `shards_retrieval_time`: from the same shards to the answer, with the same open_clip
   model / CLIP_benchmark; ours has intervals, too.
@@ -123,7 +123,6 @@ def memory(plan: Plan, report: Report) -> None:
     made: dict[str, Callable[[int], Work]] = {
         "ours": partial(arms.ours, d=d),
         "FAISS": partial(arms.faiss_flat, d=d),
-        "open_clip": partial(arms.open_clip_metrics, d=d),
     }
     peaks: dict[str, float] = {}
     for name, arm in made.items() if plan.peaks else ():
@@ -135,7 +134,6 @@ def memory(plan: Plan, report: Report) -> None:
         report.ratios["retrieval_peak_mb"] = peaks["ours"]
         report.ratios["retrieval_peak_share"] = peaks["ours"] * 1e6 / (2 * BLOCK * n * 4 + 32e6)
         report.ratios["retrieval_peak_mb_faiss"] = peaks["FAISS"]
-        report.ratios["retrieval_peak_mb_open_clip"] = peaks["open_clip"]
 
 
 def head(plan: Plan, report: Report) -> None:
@@ -189,7 +187,6 @@ GOALS = (
     Goal("retrieval_peak_mb", "retrieval N=10,000, peak memory in MB"),
     Goal("retrieval_peak_share", "the same / (2 * 512 * N * 4 bytes + 32 MB)", 1.0),
     Goal("retrieval_peak_mb_faiss", "FAISS's"),
-    Goal("retrieval_peak_mb_open_clip", "open_clip's"),
     Goal("head_time", "head of 1,000 classes x 80 prompts, time / CLIP_benchmark", 0.5),
     Goal("head_difference", "largest difference of a number of the head", 1e-5),
     Goal("shards_classification_time", "shards to classification, time / CLIP_benchmark"),

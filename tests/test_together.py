@@ -29,6 +29,7 @@ from mmcontrast.shard_writer import Sample
 from mmcontrast.sharding import World
 from tests import tiny
 from tests.conftest import GlooPool
+from tests.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,7 +132,7 @@ def test_an_error_on_one_rank_stops_all(gloo: GlooPool) -> None:
 
 def _torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "mmcontrast", "eval", *words]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "mmcontrast", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200)
 
@@ -140,7 +141,7 @@ def test_the_command_on_two_processes(folder: Path, tmp_path: Path, capsys: pyte
     words = [str(folder / "run"), str(folder / "shards")]
     main(["eval", *words, "--json", str(tmp_path / "one.json")])
     want = capsys.readouterr().out
-    done = _torchrun(*words, "--json", str(tmp_path / "two.json"), "--cache", str(tmp_path / "cache"))
+    done = _torchrun("eval", *words, "--json", str(tmp_path / "two.json"), "--cache", str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert done.stdout == want, "printed by both, or another answer"
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
@@ -216,3 +217,45 @@ def test_without_a_cache_nothing_is_written_and_one_that_cannot_be_is_refused(fo
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/x/.* cannot be written: Not a directory; name another folder"):
         embed(load(folder / "run"), [str(folder / "shards")], cache=EmbeddingCache(tmp_path / "file", "x"))
+
+
+# ----------------------------------------------------------------------------------------- while a model trains
+
+RECIPE = """
+import os
+from pathlib import Path
+from mmcontrast.eval import embed
+from mmcontrast.eval.retrieval import Retrieval
+from mmcontrast.eval.zero_shot import ZeroShot
+from tests.shapes import recipe as plain
+
+def recipe():
+    config = plain()
+    config.steps, data = 2, ("{shards}",)
+    config.evaluators = {{"names": ZeroShot.Config(data=data), "pairs": Retrieval.Config(data=data)}}
+    own = embed._embedded
+    def noted(model, chunks, wanted, *rest):
+        with open(f"{out}/asked-" + os.environ["RANK"], "a") as file:
+            file.write(f"{{list(wanted)}}")
+        return own(model, chunks, wanted, *rest)
+    embed._embedded = noted
+    return config
+"""
+
+
+def test_ranks_that_train_evaluate_together(tmp_path: Path) -> None:
+    shards = write_shapes(tmp_path / "shapes")
+    (tmp_path / "recipe.py").write_text(RECIPE.format(shards=shards, out=tmp_path))
+    words = ["train", str(tmp_path / "recipe.py"), "--out", str(tmp_path / "run"), "--data.shards", str(shards)]
+    done = _torchrun(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    model = load(tmp_path / "run")
+    for name, task in (
+        ("names", ZeroShot.Config(data=(str(shards),))),
+        ("pairs", Retrieval.Config(data=(str(shards),))),
+    ):
+        want = task.build().run(model)
+        assert {f"eval/{name}/{key}": value for key, value in want.items()}.items() <= last.items()
+    # One part of these few samples, for each of three modalities asked: rank 0 has it, rank 1 is there and has none.
+    assert (tmp_path / "asked-0").read_text() == "[0]" * 3 and (tmp_path / "asked-1").read_text() == "[]" * 3
