@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import index_arms as arms
-from benchmarks.chart import loglog
 from benchmarks.harness import Goal, Report, Work, alternate, in_processes, median_ratio, say, tell
 from benchmarks.index_arms import Building, Data
+from mmcontrast.charts import Line, line_drawing
 from mmcontrast.eval.index.build import Asked
 from mmcontrast.eval.index.choice import building_cost, lists_of
 from mmcontrast.eval.index.vectors import Floats
@@ -234,8 +234,8 @@ def chart(report: Report, plan: Plan) -> str:
         if kind == "across" and arm["setting"] != "chosen":
             missed = max(1 - arm["recall_at_10"], 1 / (arms.TOP * plan.queries))
             lines.setdefault("mmcontrast" if name == "ours" else name, []).append((missed, arm["queries_per_second"]))
-    return loglog(
-        lines,
+    return line_drawing(
+        [Line(name, [m for m, _ in points], [r for _, r in points], dots=True) for name, points in lines.items()],
         title=f"{plan.n} vectors of {plan.dim} dimensions, queries of another modality",
         x="share of the 10 nearest that is missed",
         y="queries/s",

@@ -21,7 +21,7 @@ class Line:
 
     Attributes:
         name: for the legend.
-        x: [P] ascending.
+        x: [P].
         y: [P].
         low: [P] lower ends of a band around it.
         high: [P] upper ends.
