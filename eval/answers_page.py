@@ -223,7 +223,7 @@ def _calibration(shown: Shown, details: Mapping[str, Any], media: Media, asked: 
         title="Samples",
         below="by confidence",
     )
-    return [tag("h3", "Calibration"), tag("div", chart, counted, class_="charts")]
+    return [tag("h3", "Calibration"), tag("div", chart, counted, class_="row")]
 
 
 def _all_bins(bins: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -240,8 +240,8 @@ def _confusion(shown: Shown, details: Mapping[str, Any], media: Media, asked: Se
     found = confusion(
         [str(c) for c in details["classes"]], [(int(a), int(b), int(n)) for a, b, n in details["confusion"]]
     )
-    pairs = [[p.right, p.called, p.samples, f"{100 * p.samples / p.of:.0f} %"] for p in found.pairs]
-    beside = tag("div", table(["is", "called", "samples", "of it"], pairs)) if pairs else None
+    pairs = [[p.right, p.called, p.samples, round(100 * p.samples / p.of)] for p in found.pairs]
+    beside = tag("div", table(["is", "called", "samples", "% of it"], pairs)) if pairs else None
     parts: list[Node] = [tag("h3", "What is taken for what"), tag("div", found.drawn, beside, class_="row")]
     recalls = sorted(found.recalls, key=lambda r: (r.recall, r.name))
     if any(r.samples > 1 for r in recalls):
