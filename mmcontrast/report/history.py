@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ _LINE = 1 << 20  # bytes of a line
 _NOTICES = 500
 
 
-@dataclass
+@dataclass(slots=True)
 class Bucket:
     """Some values at neighbouring steps."""
 
@@ -63,18 +64,22 @@ class Curve:
         """One value."""
         self.first = value if math.isnan(self.first) else self.first
         self.last = value
-        self._put(step // self.width, Bucket(1, step, value, value, value))
+        bucket = self._buckets.get(step // self.width)
+        if bucket is None:
+            self._buckets[step // self.width] = Bucket(1, step, value, value, value)
+        else:
+            bucket.count += 1
+            bucket.steps += step
+            bucket.total += value
+            bucket.low, bucket.high = min(bucket.low, value), max(bucket.high, value)
         while len(self._buckets) > BUCKETS:
             self.width *= 2
             old, self._buckets = self._buckets, {}
             for key, bucket in old.items():
-                self._put(key // 2, bucket)
-
-    def _put(self, key: int, bucket: Bucket) -> None:
-        if key in self._buckets:
-            self._buckets[key].merge(bucket)
-        else:
-            self._buckets[key] = bucket
+                if key // 2 in self._buckets:
+                    self._buckets[key // 2].merge(bucket)
+                else:
+                    self._buckets[key // 2] = bucket
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -193,8 +198,13 @@ def _lines(path: Path, found: History) -> Iterator[dict[str, Any]]:
     """Objects with a step, one a line; what is none is counted."""
     if not path.is_file():
         return
-    with open(path, "rb") as file:
+    from tqdm import tqdm
+
+    size = path.stat().st_size
+    bar = tqdm(total=size, desc=f"read {path}", unit="B", unit_scale=True, delay=2, disable=not sys.stderr.isatty())
+    with open(path, "rb") as file, bar:
         while raw := file.readline(_LINE):
+            bar.update(len(raw))
             whole = raw.endswith(b"\n")
             while not whole and (more := file.readline(_LINE)):  # a line beyond all bounds is no line of ours
                 raw, whole = b"", more.endswith(b"\n")
