@@ -335,8 +335,9 @@ def _plane(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequen
     x, y = (str(m) for m in details["pair"])
     groups: dict[str, list[Point]] = {x: [], y: []}
     for items, places in zip(found["items"], found["at"], strict=True):
-        for m, item, (a, b) in zip((x, y), items, places, strict=True):
-            groups[m].append(Point(float(a), float(b), media.said(m, item)))
+        said = " · ".join(dict.fromkeys(media.said(m, item) for m, item in zip((x, y), items, strict=True)))
+        for m, (a, b) in zip((x, y), places, strict=True):
+            groups[m].append(Point(float(a), float(b), said))
     shares = " and ".join(f"{100 * float(s):.0f} %" for s in found["shares"])
     about = (
         f"Embeddings of both modalities on the two axes along which they vary most together ({shares} of the "

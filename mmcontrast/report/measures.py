@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
 from mmcontrast.charts import COLOURS, Line, Mark, line_chart
 from mmcontrast.page import Html, number
@@ -181,10 +182,13 @@ def line_of(
 def _levels(runs: Mapping[str, History], chart: Chart) -> dict[str, float]:
     """What guessing gives, where there is one loss; where the gradient is clipped."""
     (history, *more) = runs.values()
-    if chart.title in ("Loss", "Terms of the loss"):
-        chance = {name: c.last for name, c in history.curves.items() if name.startswith("chance/")}
+    if chart.title == "Loss" and not more:
+        chance = {
+            name.removeprefix("chance/"): c.last for name, c in history.curves.items() if name.startswith("chance/")
+        }
         losses = [name for name in history.curves if name.endswith(".loss")]
-        if len(chance) == len(losses) == 1 and not more:
+        # It is the term's chance before its weight.
+        if len(chance) == len(losses) == 1 and _weight(history, *chance) == 1:
             (value,) = chance.values()
             return {f"guessing: {number(round(value, 3))}": value}
     if chart.title == "Gradient norm" and not more:
@@ -192,3 +196,11 @@ def _levels(runs: Mapping[str, History], chart: Chart) -> dict[str, float]:
         if isinstance(limit, (int, float)) and not isinstance(limit, bool):
             return {f"clipped at {number(limit)}": float(limit)}
     return {}
+
+
+def _weight(history: History, term: str) -> float:
+    """Of a term of the loss, 1 where nothing else is said."""
+    terms = history.config.get("objectives")
+    config = cast(Mapping[str, Any], terms).get(term) if isinstance(terms, Mapping) else None
+    found = cast(Mapping[str, Any], config).get("weight", 1) if isinstance(config, Mapping) else 1
+    return float(found) if isinstance(found, (int, float)) else 0.0
