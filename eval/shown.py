@@ -27,15 +27,15 @@ _DRAWN = 300  # pairs that are drawn
 _EDGES = (1, 2, 6, 11, 51, 101, 501, 1001, 5001, 10_001, 100_001)  # of the counted ranks
 
 
-def items_of(data: Embedded, modality: str, places: Tensor) -> list[list[int]]:
-    """(position of the sample, which of its values of the modality) of some places in z[modality]."""
+def items_of(data: Embedded, modality: str, places: Tensor) -> Tensor:
+    """[n, 2] of n places in z[modality]: position of the sample, and which of its values of the modality."""
     rows = data.rows[modality]
     first = torch.searchsorted(rows, rows[places])
-    return torch.stack([data.positions[rows[places]], places - first], 1).tolist()
+    return torch.stack([data.positions[rows[places]], places - first], 1)
 
 
 def gallery(
-    zx: Tensor, zy: Tensor, right: Tensor, right_of: Tensor, ranks: Ranks, x: list[list[int]], y: list[list[int]]
+    zx: Tensor, zy: Tensor, right: Tensor, right_of: Tensor, ranks: Ranks, x: Tensor, y: Tensor
 ) -> dict[str, Any]:
     """Queries of one direction with their first answers.
 
@@ -45,8 +45,8 @@ def gallery(
         right: [n] labels.
         right_of: [m] those of the candidates; equal ones are right.
         ranks: of the queries.
-        x: [n] items, as of `items_of`.
-        y: [m] items.
+        x: [n, 2] items, as of `items_of`.
+        y: [m, 2].
 
     Returns:
         `ranks`, [first, last, queries] of ranks of the best right answer; and `random` and `worst`, each a list of
@@ -66,10 +66,10 @@ def gallery(
         answer = int(torch.where(fits, scores, -torch.inf).argmax()) if bool(fits.any()) else None
 
         def said(j: int) -> dict[str, Any]:
-            return {"item": y[j], "score": round(float(scores[j]), 4), "right": bool(fits[j])}
+            return {"item": y[j].tolist(), "score": round(float(scores[j]), 4), "right": bool(fits[j])}
 
         return {
-            "item": x[i],
+            "item": x[i].tolist(),
             "rank": int(best[i]) + 1,
             "answer": None if answer is None else said(answer),
             "first": [said(j) for j in found],
@@ -115,7 +115,7 @@ def plane(data: Embedded, x: str, y: str) -> dict[str, Any] | None:
     fitted = PCA(2, svd_solver="covariance_eigh").fit(both)
     n = min(_DRAWN, len(chosen))
     at = [np.round(fitted.transform(z[:n].double().cpu().numpy()), 4).tolist() for z in (zx, zy)]
-    items = [items_of(data, m, place[chosen[:n]]) for m, place in zip((x, y), places, strict=True)]
+    items = [items_of(data, m, place[chosen[:n]]).tolist() for m, place in zip((x, y), places, strict=True)]
     return {
         "items": [list(pair) for pair in zip(*items, strict=True)],
         "at": [list(pair) for pair in zip(*at, strict=True)],

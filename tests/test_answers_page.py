@@ -68,7 +68,8 @@ def test_a_gallery_shows_the_first_answers_and_the_right_one() -> None:
     zx, zy = (torch.nn.functional.normalize(torch.randn(n, 6, generator=g), dim=1) for n in (40, 70))
     x_labels, y_labels = torch.arange(40), torch.randint(0, 40, (70,), generator=g)
     ranks = rank(zx, zy, x_labels, y_labels)
-    found = gallery(zx, zy, x_labels, y_labels, ranks, [[i, 0] for i in range(40)], [[j, 1] for j in range(70)])
+    x, y = (torch.stack([torch.arange(n), torch.full((n,), part)], 1) for n, part in ((40, 0), (70, 1)))
+    found = gallery(zx, zy, x_labels, y_labels, ranks, x, y)
     assert sum(n for *_, n in found["ranks"]) == 40
     one = next(n for a, b, n in found["ranks"] if (a, b) == (1, 1))
     assert one == int((ranks.best == 0).sum()) and found["ranks"][-1][1] == 70
