@@ -290,7 +290,7 @@ def _galleries(shown: Shown, details: Mapping[str, Any], media: Media, asked: Se
 
 
 def _gallery(g: Mapping[str, Any], media: Media) -> Node:
-    x, y = str(g["from"]), str(g["to"])
+    known, y = [str(m) for m in _list(g["from"]) or [g["from"]]], str(g["to"])
     total = sum(n for *_, n in g["ranks"]) or 1
     ranks = [
         Bar(
@@ -301,18 +301,18 @@ def _gallery(g: Mapping[str, Any], media: Media) -> Node:
         for a, b, n in g["ranks"]
     ]
     note = tag("p", "Rank of the best right answer, share of the queries.", class_="quiet")
-    parts: list[Node] = [tag("h3", f"{y} by {x}"), note, bars(ranks)]
+    parts: list[Node] = [tag("h3", f"{y} by {' and '.join(known)}"), note, bars(ranks)]
     for name, title in (("random", "Queries at random"), ("worst", "Worst ranks")):
-        strips = [_strip(_mapping(q), x, y, media) for q in _list(g.get(name))]
+        strips = [_strip(_mapping(q), known, y, media) for q in _list(g.get(name))]
         parts.append([tag("h4", title), strips] if strips else None)
     return parts
 
 
-def _strip(q: Mapping[str, Any], x: str, y: str, media: Media) -> Html:
+def _strip(q: Mapping[str, Any], known: Sequence[str], y: str, media: Media) -> Html:
     """A query, its right answer, and the first answers."""
     best = _mapping(q.get("answer"))
     right = (
-        [media.draw(y, best["item"]), tag("small", f"cosine {best['score']:.3f}", class_="quiet")] if best else "none"
+        [media.draw(y, best["item"]), tag("small", f"score {best['score']:.3f}", class_="quiet")] if best else "none"
     )
     first: list[Html] = []
     for place, found in enumerate(map(_mapping, _list(q.get("first"))), 1):
@@ -321,7 +321,7 @@ def _strip(q: Mapping[str, Any], x: str, y: str, media: Media) -> Html:
         first.append(tag("div", media.draw(y, found["item"]), note, class_="found hit" if found["right"] else "found"))
     return tag(
         "div",
-        tag("div", tag("b", "query"), media.draw(x, q["item"])),
+        tag("div", tag("b", "query"), [media.draw(m, q["item"]) for m in known]),
         tag("div", tag("b", f"right: rank {number(q['rank'])}"), right),
         tag("div", tag("b", "first answers"), tag("div", first, class_="answers")),
         class_="strip",

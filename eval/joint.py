@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embed import Embedded, embed
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import Items, Result
+from mmcontrast.eval.shown import gallery, items_of
 from mmcontrast.eval.statistics import chance_recall, mean, median
 from mmcontrast.eval.task import EmbeddedTask, fields_of, groups_of
 
@@ -69,10 +70,9 @@ class Joint(EmbeddedTask):
         """Embed the candidates once and the queries `draws` times; the result of `between`."""
         c = self.config
         candidates = embed(model, c.data, modalities=[c.candidate], compose=c.compose)
-        draws = range(c.draws)
-        return self.between(
-            candidates, [embed(model, c.data, modalities=c.known, compose=c.compose, draw=d) for d in draws]
-        )
+        draws = [embed(model, c.data, modalities=c.known, compose=c.compose, draw=d) for d in range(c.draws)]
+        kinds = {**candidates.kinds, **draws[0].kinds}
+        return self.located(self.between(candidates, draws), replace(candidates, kinds=kinds))
 
     def score(self, model: MultiEncoder, data: Embedded) -> Result:
         """Samples as they are: each is a query for the candidates of all.
@@ -80,9 +80,12 @@ class Joint(EmbeddedTask):
         Raises:
             ConfigError: examples are to be composed, which `answer` does.
         """
-        if self.config.draws > 1 or self.config.compose != Compose.Config():
+        if not self._as_they_are():
             raise ConfigError("joint: examples can be composed by the evaluators of a recipe only")
         return self.between(data, [data])
+
+    def _as_they_are(self) -> bool:
+        return self.config.draws == 1 and self.config.compose == Compose.Config()
 
     def between(self, candidates: Embedded, queries: Sequence[Embedded]) -> Result:
         """Over samples, see below; what chance reaches; and what is known of the data.
@@ -93,6 +96,8 @@ class Joint(EmbeddedTask):
         Of a sample that is drawn several times all are means over its draws. Of a modality that a sample has several
         times, such as captions, a query takes the first. A wrong candidate that ties with the best right one stands
         before it, so equal embeddings do not score.
+
+        Details, of samples as they are: `galleries`, one of queries with their answers (`mmcontrast.eval.shown`).
 
         Raises:
             ConfigError: no candidate, no sample with all that is known, or none with the label.
@@ -108,6 +113,7 @@ class Joint(EmbeddedTask):
         precisions: dict[str, list[float]] = {}
         named: dict[str, Mapping[str, Any]] = {}
         positives: list[int] = []
+        galleries: list[dict[str, Any]] = []
         for draw in queries:
             rows, z = _together(draw, c.known)
             names = _labels(draw, rows, c.label)
@@ -115,7 +121,13 @@ class Joint(EmbeddedTask):
             labels = torch.tensor([numbers[names[i]] for i in asked], dtype=torch.int64)
             if not asked:
                 continue
-            found = rank(_bring_together(z, c.score)[asked], candidates.z[c.candidate], labels, right)
+            brought, z_candidates = _bring_together(z, c.score)[asked], candidates.z[c.candidate]
+            found = rank(brought, z_candidates, labels, right)
+            if self._as_they_are():
+                y = items_of(candidates, c.candidate, torch.arange(len(z_candidates)))
+                x = torch.stack([draw.positions[rows[asked]], torch.zeros_like(labels)], 1)
+                shown = gallery(brought, z_candidates, labels, right, found, x, y)
+                galleries.append({"from": list(c.known), "to": c.candidate} | shown)
             positives += counts[labels.numpy()].tolist()
             for i, place, precision in zip(asked, found.best.tolist(), found.average_precision.tolist(), strict=True):
                 row = int(rows[i])
@@ -145,6 +157,7 @@ class Joint(EmbeddedTask):
                 "candidates": len(right),
                 "classes": len(numbers),
             },
+            details={"galleries": galleries},
         )
 
 

@@ -21,6 +21,7 @@ from mmcontrast.cli import main
 from mmcontrast.decode import audio, picture
 from mmcontrast.eval.answers_page import draw, shown_again
 from mmcontrast.eval.confusion import MOST, confusion, together
+from mmcontrast.eval.joint import Joint
 from mmcontrast.eval.media import Media
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import chance_of
@@ -114,6 +115,19 @@ def test_of_several_captions_the_gallery_names_which() -> None:
     forth = details["galleries"][0]
     (first,) = [q for q in forth["random"] if q["item"] == [0, 0]]
     assert first["answer"] == {"item": [0, 1], "score": 1.0, "right": True} and first["rank"] == 1
+
+
+def test_what_is_found_with_several_modalities_has_its_gallery() -> None:
+    rng = np.random.default_rng(1)
+    data = embedded({m: rng.normal(size=(9, 5)) for m in ("image", "audio", "text")}, [{}] * 9)
+    task: Joint = Joint.Config(data=(), candidate="image", known=("audio", "text"), score="sum").build()
+    (found,) = task.score(cast(Any, None), data).details["galleries"]
+    assert found["from"] == ["audio", "text"] and found["to"] == "image"
+    together = (data.z["audio"] + data.z["text"]).double() @ data.z["image"].double().T
+    for q in found["random"]:
+        i = q["item"][0]
+        assert q["answer"]["item"] == [i, 0] and q["rank"] == int((together[i] > together[i, i]).sum()) + 1
+        assert q["first"][0]["item"] == [int(together[i].argmax()), 0]
 
 
 def test_confused_classes_stand_beside_each_other() -> None:
