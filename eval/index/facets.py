@@ -14,7 +14,8 @@ from mmcontrast.eval.index.rows import COLUMNS
 from mmcontrast.eval.index.stored import Stored
 
 MOST_VALUES = 50
-_CHOSEN_FROM = 200  # values of a text column; above, they are as good as names
+_CHOSEN_FROM = 200  # values of a text column; above, or where most samples have one of their own, they are names
+_FEW = 10
 _LONGEST = 100  # characters of a value
 
 
@@ -59,7 +60,7 @@ def _facet(name: str, kind: str, column: pa.ChunkedArray) -> Facet:
     low = high = None
     if kind in ("string", "bool"):
         counted: Any = pc.call_function("value_counts", [column.drop_null()])
-        if len(counted) <= _CHOSEN_FROM:
+        if len(counted) <= max(_FEW, min(_CHOSEN_FROM, (len(column) - column.null_count) // 2)):
             pairs: list[tuple[Any, int]] = [(pair["values"], pair["counts"]) for pair in counted.to_pylist()]
             values = [(v, n) for v, n in pairs if isinstance(v, bool) or len(v) <= _LONGEST]
             values = sorted(values, key=_first)[:MOST_VALUES]

@@ -9,7 +9,7 @@ from mmcontrast.decode import picture_from
 from mmcontrast.eval.index.duplicates import Duplicates
 from mmcontrast.eval.index.link import Calibration, Linked, Point
 from mmcontrast.eval.index.stored import Hit, Stored
-from mmcontrast.page import Html, card, cards, finding, number, page, percent, picture, section, table, tag
+from mmcontrast.page import Html, card, cards, finding, number, page, pair, percent, picture, section, table, tag
 from mmcontrast.shards import BadSample
 
 GROUPS, MEMBERS, LINKS = 200, 12, 12
@@ -45,7 +45,7 @@ def _group(index: Stored, members: Sequence[Hit], place: int) -> Html:
     more = len(members) - MEMBERS
     return section(
         f"{place}. {len(members)} samples",
-        cards(_card(index, m, f"nearest of the group {m.score:.3f}") for m in members[:MEMBERS]),
+        cards(_card(index, m, f"cosine with its nearest {m.score:.4f}") for m in members[:MEMBERS]),
         tag("p", f"and {more} more", class_="quiet") if more > 0 else None,
     )
 
@@ -64,8 +64,8 @@ def links_page(linked: Linked, threshold: float, calibration: Calibration | None
         tag("p", f"{linked.left.folder.name} to {linked.right.folder.name}", class_="quiet"),
         tag("p", said),
         None if calibration is None else _calibration(calibration),
-        section("Just linked", [_pair(linked, i) for i in above]) if above else None,
-        section("Just not linked", [_pair(linked, i) for i in below]) if below else None,
+        section("Just linked", cards(_pair(linked, i) for i in above)) if above else None,
+        section("Just not linked", cards(_pair(linked, i) for i in below)) if below else None,
     )
 
 
@@ -114,10 +114,12 @@ def _curve(points: Sequence[Point], threshold: float) -> Html:
 
 
 def _pair(linked: Linked, place: int) -> Html:
+    """A record and its nearest, side by side."""
     score = float(linked.scores[place])
     left = linked.left.hit(score, int(linked.rows[place]))
     right = linked.right.hit(score, int(linked.nearest[place]))
-    return cards([_card(linked.left, left, f"score {score:.4f}"), _card(linked.right, right, "its nearest")])
+    sides = [[_drawn(index, hit), hit.text or hit.key] for index, hit in ((linked.left, left), (linked.right, right))]
+    return card(pair(*sides), f"score {score:.4f}", tag("div", f"{left.key}\n{right.key}", class_="facts"))
 
 
 def _card(index: Stored, hit: Hit, said: str) -> Html:

@@ -276,6 +276,7 @@ async function fit() {
   if ($("beside").value === $("index").value) $("beside").value = "";
   $("joint-label").hidden = !chosen().some((d) => d.joint === "product");
   await filters.draw($("filters"), chosen().map((d) => d.name), () => submit({ groups: grouped }));
+  $("where").placeholder = filters.example();
 }
 
 function move(event) {

@@ -36,6 +36,13 @@ export function restore(text) {
   }
 }
 
+// An example of a filter in words, of a column that there is.
+export function example() {
+  const column = columns.find((other) => other.values.length) ?? columns.find((other) => other.low !== null);
+  if (!column) return "key = '000012'";
+  return column.low === null ? `${name(column.name)} = ${typeof column.values[0].value === "boolean" ? column.values[0].value : quoted(column.values[0].value)}` : `${name(column.name)} >= ${column.low}`;
+}
+
 // Reads the columns of some indices, and draws a field for each that has values to choose from.
 export async function draw(place, indices, changed) {
   const found = await Promise.all(indices.map((index) => api.columns(index).catch(() => [])));
@@ -45,7 +52,10 @@ export async function draw(place, indices, changed) {
     if (!same) columns.push({ ...column, values: [...column.values] });
     else for (const value of column.values) if (!same.values.some((other) => other.value === value.value)) same.values.push(value);
   }
-  const useful = columns.filter((column) => column.values.length > 1 || (column.values.length && column.lacking) || column.low !== column.high);
+  for (const name of Object.keys(chosen)) if (!columns.some((column) => column.name === name)) delete chosen[name];
+  const tells = (column) => column.values.length > 1 || (column.values.length && column.lacking) || column.low !== column.high;
+  const useful = columns.filter((column) => chosen[column.name] || tells(column));
+  useful.sort((one, other) => Boolean(chosen[other.name]) - Boolean(chosen[one.name])); // what was chosen can be taken back
   place.replaceChildren(...useful.slice(0, MOST_COLUMNS).map((column) => (column.low === null ? choice(column, changed) : range(column, changed))));
 }
 
