@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ def build(
 ) -> None:
     """Embed shards with a trained model and index them. A build that was ended goes on where it was.
 
+    In several processes, of machines that share a disk: torchrun --nproc_per_node N -m mmcontrast index build …
+
     Args:
         model: run folder, or one of its step-N folders; ARCHITECTURE,WEIGHTS of open_clip; a folder of transformers.
         shards: folder, glob or range; or clip-retrieval's folder of embeddings, made by this model.
@@ -96,8 +99,9 @@ def build(
         encoding=Encoding(**vars(embedding)),
         progress=sys.stderr.isatty(),
     )
-    _say(out, found)
-    write_json(json_file, found)
+    if _first():
+        _say(out, found)
+        write_json(json_file, found)
 
 
 def add(
@@ -129,8 +133,9 @@ def add(
         encoding=Encoding(**vars(embedding)),
         progress=sys.stderr.isatty(),
     )
-    print(_counts(index, found))
-    write_json(json_file, found)
+    if _first():
+        print(_counts(index, found))
+        write_json(json_file, found)
 
 
 def delete(
@@ -252,6 +257,11 @@ def _counts(folder: Path, manifest: Mapping[str, Any]) -> str:
     since = f" (measured with {manifest['quality']['count']}; `index compact` measures anew)" if changed else ""
     skipped = f", {n} samples skipped" if (n := manifest["skipped_count"]) else ""
     return f"{folder}: {manifest['count']} vectors of {manifest['modality']}, {manifest['type']}{skipped}{since}"
+
+
+def _first() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started: one of them speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _asked(structure: Structure) -> Any:
