@@ -16,6 +16,7 @@ from mmcontrast.config import ConfigError, RunError
 from mmcontrast.data_prep.cli import prep, prep_usage
 from mmcontrast.eval.index.cli import INDEX
 from mmcontrast.interrupts import Interrupted
+from mmcontrast.plan.cli import plan, plan_usage
 
 Positional = tyro.conf.Positional
 
@@ -252,6 +253,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "prep": prep_usage,
     "check": _check,
+    "plan": cast(Callable[..., None], plan_usage),
     "train": _train_usage,
     "report": report,
     "eval": evaluate,
@@ -266,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if words[:1] == ["train"] and words[1:]:
             train(words[1:])
+        elif words[:1] == ["plan"] and words[1:]:
+            plan(words[1:])
         elif words[:2] == ["check", "grads"] and words[2:]:
             check_grads(words[2:])
         elif words[:2] == ["check", "shards"]:

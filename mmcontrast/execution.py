@@ -22,8 +22,9 @@ _VARIANTS = 64  # with and without gradient, of one row and of any number, of ea
 
 
 def recompute(towers: Mapping[str, nn.Module], names: Sequence[str]) -> None:
-    """Keep only the inputs of these towers' blocks, and run a block again when its backward comes (Chen et al. 2016,
-    arXiv:1604.06174), with the random numbers of the first time.
+    """Keep only the inputs of these towers' blocks, and run a block again when its backward comes.
+
+    (Chen et al. 2016, arXiv:1604.06174.) The random numbers are those of the first time.
 
     The towers' own switches (`set_grad_checkpointing`, `gradient_checkpointing_enable`) do the same, but not all have
     one, and some recompute in ways that hooks of sharding do not bear.

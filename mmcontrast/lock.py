@@ -49,9 +49,8 @@ def _take(path: Path) -> int:
         except BlockingIOError:
             text = _holder(handle)
             os.close(handle)
-            raise ConfigError(
-                f"{path.parent} is being trained by {text}: wait for its end, stop it, or name another folder with --out"
-            ) from None
+            remedy = "wait for its end, stop it, or name another folder with --out"
+            raise ConfigError(f"{path.parent} is being trained by {text}: {remedy}") from None
         except OSError as error:
             print(f"{path} cannot be locked ({error}): see that nobody else trains there", file=sys.stderr)
         if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:

@@ -19,6 +19,7 @@ from mmcontrast.checkpoint import Checkpoints
 from mmcontrast.config import ConfigError
 from mmcontrast.data import Stream
 from mmcontrast.ema import EMA
+from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
 from mmcontrast.encoders.lora import Lora
 from mmcontrast.optim import Timm
 from mmcontrast.trainer import Trainer
@@ -38,6 +39,17 @@ def adapted() -> Trainer.Config:
     return config
 
 
+def wide() -> MultiEncoder.Config:
+    """Towers and embeddings whose bytes are many more than those of messages about them."""
+    return MultiEncoder.Config(
+        encoders={
+            "image": ViT.Config(image_size=16, patch_size=8, width=128, layers=4, heads=2),
+            "text": TextTransformer.Config(context_length=8, width=128, layers=4, heads=2),
+        },
+        dim=4096,
+    )
+
+
 def averaged() -> Trainer.Config:
     return replace(
         shapes.recipe(), ema=EMA.Config(decay=0.5), evaluators={"w": tiny.Sum.Config()}, eval_every=STEPS // 2
@@ -51,6 +63,7 @@ KINDS: dict[str, Callable[[], Trainer.Config]] = {
     "averaged": averaged,
     "lars": lambda: replace(shapes.recipe(), optimizer=Timm.Config(name="lars", lr=1.0)),
     "lamb": lambda: replace(shapes.recipe(), optimizer=Timm.Config(name="lamb", lr=1e-3)),
+    "traffic": lambda: replace(shapes.recipe(), model=wide(), global_batch=32, micro_batch=4, tower_micro_batch={}),
     "bf16": lambda: replace(shapes.recipe(), precision="bf16"),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -108,11 +121,27 @@ def _train(folder: Path, run: str) -> None:
     except ConfigError as error:
         (folder / f"{run.split(':')[2]}.txt").write_text(str(error))
         return
+    if run.startswith("traffic:"):
+        _measure_traffic(trainer, folder / f"{trainer.config.out.name}.sent")
+        return
     spread = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
     share = sum(p.to_local().numel() for p in spread) / max(1, sum(p.numel() for p in spread))
     trainer.fit()
     if trainer.is_main:
         (trainer.config.out / "share.txt").write_text(f"{len(spread)} {share}")
+
+
+def _measure_traffic(trainer: Trainer, file: Path) -> None:
+    from benchmarks.counters import tcp_bytes_sent
+
+    batch = trainer.stream.batch(0)
+    trainer.step(0, batch)  # connections are made, and the health of step 0 is measured
+    before = tcp_bytes_sent()
+    trainer.step(1, batch)
+    sent = tcp_bytes_sent() - before
+    trainer.world.gather_objects(0)
+    if trainer.is_main:
+        file.write_text(str(sent))
 
 
 def start(folder: Path, run: str) -> Trainer:
