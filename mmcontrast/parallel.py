@@ -12,6 +12,7 @@ Letters: W ranks, P bytes of a model's parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -160,7 +161,10 @@ def shard(
             continue
         for block in blocks(part):
             fully_shard(block, mp_policy=of_blocks, **options)
-        roots.append(fully_shard(part, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options))
+        root = fully_shard(part, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+        # It warns that whoever changes this output in place loses the gradient; nobody does.
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(root).__name__}\) returned a view")
+        roots.append(root)
     return roots
 
 
