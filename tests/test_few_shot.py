@@ -67,7 +67,7 @@ def test_prototypes_and_their_blend_equal_counting(model: MultiEncoder) -> None:
             assert metric.value == pytest.approx(np.mean(of_draws))
             assert metric.low is not None and metric.value is not None and metric.high is not None
             assert metric.low < metric.value < metric.high
-            std = np.std([np.mean(d) for d in of_draws], ddof=1)
+            std = float(np.std([float(np.mean(d)) for d in of_draws], ddof=1))
             assert found.facts[f"{name}@{shots}shot_std"] == pytest.approx(std) and std > 0
     zero = _slow(train, test, 1, 0, 1.0, heads)
     assert found.metrics["zero_shot_acc1"].value == np.mean(zero)
