@@ -15,6 +15,7 @@ from mmcontrast.config import ConfigError, from_dict
 from mmcontrast.eval.embed import Embedded, EmbeddingCache, embed, has
 from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
+from mmcontrast.eval.seen import seen, without
 from mmcontrast.eval.sources import Source
 from mmcontrast.eval.spec import Spec
 from mmcontrast.eval.task import Task
@@ -130,6 +131,13 @@ def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str], folder: 
     if not found:
         raise ConfigError("; ".join(failed))
     problems += failed
+    trained = seen(data, asked.training.shards)
+    if trained:
+        problems.append(
+            f"{name}: {len(trained)} of {len(data.keys)} samples were trained on, as their files are among the run's "
+            "training shards; results say what the scores are without them"
+        )
+        found = {key: replace(a, result=without(a.result, trained, len(data.keys))) for key, a in found.items()}
     return found
 
 

@@ -23,21 +23,24 @@ from mmcontrast.decode import Sound, audio_from, picture_from
 from mmcontrast.encoders.base import Encoder, Transform
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.encoders.text import TokenTower, TokenTransform
+from mmcontrast.eval.seen import training_shards
 from mmcontrast.objectives.pairs import ScaledPairs
 from mmcontrast.objectives.symile import Symile
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is known of how a model's scores were trained.
+    """What is known of how a model was trained.
 
     Attributes:
         scale_of: two modalities -> the logit scale of their scores; None where none is known.
         products: sets of modalities whose product was trained (Symile).
+        shards: what it was trained on, if it says so.
     """
 
     scale_of: Callable[[str, str], float | None] = lambda x, y: None
     products: Collection[frozenset[str]] = ()
+    shards: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
 
 
 def _training(checkpoint: Path, trust: Collection[str]) -> Training:
-    """Of the run's objectives; of one whose class is not trusted nothing is known."""
-    named: dict[str, Any] = read_config(checkpoint.parent).get("objectives") or {}
+    """Of the run's settings; of an objective whose class is not trusted nothing is known."""
+    config = read_config(checkpoint.parent)
+    named: dict[str, Any] = config.get("objectives") or {}
     tensors = read_tensors(checkpoint, "objectives") if (checkpoint / "objectives.safetensors").is_file() else {}
     pairs: list[ScaledPairs] = []
     products: list[frozenset[str]] = []
@@ -107,7 +111,11 @@ def _training(checkpoint: Path, trust: Collection[str]) -> Training:
                 pairs.append(objective)
         except (ConfigError, KeyError, RuntimeError):
             continue
-    return Training(lambda x, y: next((s for o in pairs if (s := o.scale_between(x, y)) is not None), None), products)
+    return Training(
+        lambda x, y: next((s for o in pairs if (s := o.scale_between(x, y)) is not None), None),
+        products,
+        training_shards(config.get("data") or {}),
+    )
 
 
 class Tower(Encoder):

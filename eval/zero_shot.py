@@ -22,7 +22,8 @@ from mmcontrast.eval.result import Result
 from mmcontrast.eval.task import EmbeddedTask, groups_of
 from mmcontrast.eval.together import in_parts
 
-_PROMPTS = 1024  # that a rank encodes at once
+_PROMPTS = 2048  # that a rank takes at once
+_AT_ONCE = 256  # of those, that are encoded at once: they are short
 
 
 class ZeroShot(EmbeddedTask):
@@ -138,7 +139,7 @@ def class_embeddings(model: MultiEncoder, modality: str, prompts: Sequence[Seque
     # By length, so that few are padded; in pieces, which ranks share.
     texts = sorted(places, key=len)
     pieces = [texts[i : i + _PROMPTS] for i in range(0, len(texts), _PROMPTS)]
-    sorted_z = torch.cat(in_parts(partial(model.encode, modality), pieces))
+    sorted_z = torch.cat(in_parts(partial(model.encode, modality, batch_size=_AT_ONCE), pieces))
     z = torch.empty_like(sorted_z)
     z[[places[text] for text in texts]] = sorted_z
     means = torch.stack([z[[places[text] for text in texts]].mean(0) for texts in prompts])

@@ -62,7 +62,7 @@ MAY = {
     | {"parallel", "arguments", "page", "charts", "processes", "check"},
     "report": {"config", "checkpoint", "page", "charts", "eval", "report"},
     "eval": LOW
-    | {"sharding"}
+    | {"sharding", "check"}
     | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "charts", "geometry"}
     | {"eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},
