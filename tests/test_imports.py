@@ -60,7 +60,7 @@ MAY = {
     "check": LOW
     | {"encoders", "objectives", "sharding", "cached", "checkpoint", "trainer", "data", "recipe"}
     | {"parallel", "arguments", "page", "charts", "processes", "check"},
-    "report": {"config", "checkpoint", "page", "charts", "eval", "report"},
+    "report": {"config", "checkpoint", "not_finite", "page", "charts", "eval", "report"},
     "eval": LOW
     | {"sharding", "check"}
     | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "charts", "geometry"}

@@ -143,6 +143,17 @@ def test_what_cannot_be_read_is_left_out_and_said(run: Path, tmp_path: Path) -> 
     assert on == {"Loss", "Temperature"}, "what health said stands where it belongs"
 
 
+def test_a_run_that_diverges_leaves_its_report(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "train")
+    words = ["--out", f"{tmp_path}/run", "--data.shards", f"{tmp_path}/train", "--optimizer.lr", "1e30"]
+    with pytest.raises(SystemExit):
+        main(["train", str(Path(__file__).with_name("shapes.py")), *words])
+    (line,) = [json.loads(text) for text in (tmp_path / "run/not_finite.jsonl").read_text().splitlines()]
+    page = (tmp_path / "run/report.html").read_text()
+    assert f"step {line['step']}: " in page and "loss nan" in page
+    assert f"image of {line['ranks'][0]['not_finite']['image'][0]}" in page
+
+
 def test_runs_beside_each_other(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -218,6 +229,9 @@ def test_hostile_words_run_nothing_and_the_page_is_read_without_scripts(
               f"eval/{HOSTILE}/acc1": 0.5, f"eval/{HOSTILE}/acc1_low": 0.4, f"eval/{HOSTILE}/acc1_high": 0.6}
              for i in range(1, 4)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    odd = {"step": 1, "loss": HOSTILE, "ranks": [{"not_finite": {HOSTILE: [HOSTILE]}}, 3]}
+    others = [{"step": 2, "ranks": 5}, {"step": 3, "ranks": [{"not_finite": 7}, {"not_finite": {"a": 1}}]}]
+    (folder / "not_finite.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (odd, *others)))
     (folder / "starts.jsonl").write_text(
         json.dumps({"step": 0, "time": HOSTILE, "versions": {HOSTILE: HOSTILE}}) + "\n"
     )

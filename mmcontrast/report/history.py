@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from mmcontrast.checkpoint import list_checkpoints, read_best
 from mmcontrast.config import ConfigError
+from mmcontrast.not_finite import FILE
 
 BUCKETS = 400
 """Points of a curve, at most: of more, neighbours are merged into one with their mean, least and greatest."""
@@ -118,6 +119,7 @@ class History:
         lines: of metrics.jsonl that could be read.
         damaged: file -> lines of it that could not.
         cut: whether the last line is not whole: the run is writing it, or was killed meanwhile.
+        lost: of steps whose loss or gradient was not finite, at most a hundred.
         not_finite: name -> first steps at which it was not finite.
         left_out: curves beyond `NAMES`.
     """
@@ -134,6 +136,7 @@ class History:
     lines: int = 0
     damaged: dict[str, int] = field(default_factory=dict[str, int])
     cut: bool = False
+    lost: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     not_finite: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     left_out: set[str] = field(default_factory=set[str])
 
@@ -167,6 +170,7 @@ def read_history(folder: Path) -> History:
         rule, text = line.get("rule"), line.get("notice")
         if isinstance(rule, str) and isinstance(text, str) and len(found.notices) < _NOTICES:
             found.notices.append(Notice(line["step"], rule, text))
+    found.lost = [line for _, line in zip(range(100), _lines(folder / FILE, found), strict=False)]
     found.starts = list(_lines(folder / "starts.jsonl", found))[-100:]
     for step, path in list_checkpoints(folder):
         files = _object(path / "manifest.json").get("files")

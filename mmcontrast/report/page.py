@@ -17,6 +17,7 @@ from mmcontrast.report.measures import GEOMETRY, LEARNING, SPEED, charts, other_
 from mmcontrast.report.scores import questions, scores, words
 from mmcontrast.report.settings import settings
 
+_LOST = 10  # steps that are named
 MOST_RUNS = 8
 """Runs beside each other: as many as there are colours."""
 
@@ -164,6 +165,12 @@ def _health(runs: Mapping[str, History]) -> Html:
             found.append(finding("warning", f"{of}{file}: {lines} that cannot be read, left out here"))
         if run.cut:
             found.append(finding("note", f"{of}the last line is not whole: it is being written, or the run was killed"))
+        for line in run.lost[:_LOST]:
+            step = tag("b", f"{of}step {number(line['step'])}: ")
+            said = f"loss {line.get('loss')}, gradient norm {line.get('grad_norm')}{_culprits(line)}"
+            found.append(finding("error", [step, said, ". The batch is in not_finite.jsonl"]))
+        if len(run.lost) > _LOST:
+            found.append(finding("error", f"{of}further such steps: {number(len(run.lost) - _LOST)} or more"))
         for metric, steps in list(run.not_finite.items())[:5]:
             listed = ", ".join(number(step) for step in steps)
             found.append(finding("error", f"{of}{metric} was not finite at step {listed}"))
@@ -186,6 +193,18 @@ def _answers(run: History) -> Node:
     return [
         draw(shown_again(f"{name}, {at}", result)) for name, result in listed if isinstance(result, dict) and result
     ]
+
+
+def _culprits(line: Mapping[str, Any]) -> str:
+    """Samples that a tower made not finite."""
+    ranks = line.get("ranks")
+    told = (
+        [r.get("not_finite") for r in cast(list[Any], ranks) if isinstance(r, dict)] if isinstance(ranks, list) else []
+    )
+    named = [pair for d in told if isinstance(d, dict) for pair in cast(dict[str, Any], d).items()]
+    said = [f"{m} of {key}" for m, keys in named if isinstance(keys, list) for key in cast(list[Any], keys)]
+    more = f" and {number(len(said) - 4)} more" if len(said) > 4 else ""
+    return f"; not finite: {', '.join(said[:4])}{more}" if said else ""
 
 
 def _data(runs: Mapping[str, History]) -> Node:
