@@ -70,7 +70,7 @@ def test_four_commands_on_a_folder_of_ones_own(tmp_path: Path, capsys: pytest.Ca
     answers = json.loads(found.read_text())
     assert [len(a["hits"]) for a in answers] == [3, 3]
     assert all(h["score"] >= answers[0]["hits"][-1]["score"] for h in answers[0]["hits"])
-    assert page.read_text().count("data:image/png;base64,") == 6
+    assert page.read_text().count("data:image/webp;base64,") == 6
 
 
 @pytest.fixture(scope="module")
