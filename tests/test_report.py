@@ -15,6 +15,7 @@ import pytest
 
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError, to_dict
+from mmcontrast.page import Html, page
 from mmcontrast.report.history import BUCKETS, Curve, read_history
 from mmcontrast.report.page import run_page
 from mmcontrast.report.settings import settings
@@ -243,3 +244,14 @@ def test_hostile_words_run_nothing_and_the_page_is_read_without_scripts(
         assert len(chromium.find_elements("css selector", "svg[data-chart]")) >= 5
         assert "alert" in chromium.find_element("css selector", "body").text
     chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@needs_chromium
+def test_only_the_script_that_a_page_was_made_with_runs(tmp_path: Path, chromium: Any) -> None:
+    path = tmp_path / "page.html"
+    foreign = Html("<script>document.title = 'foreign'</script><p onclick='document.title = \"clicked\"'>text</p>")
+    path.write_text(page("ours", foreign, script="document.body.dataset.ran = 1"))
+    chromium.get(path.as_uri())
+    chromium.find_element("css selector", "p").click()
+    assert chromium.title == "ours" and chromium.execute_script("return document.body.dataset.ran") == "1"
+    assert len(chromium.get_log("browser")) == 2, "both were refused"
