@@ -19,6 +19,7 @@ from mmcontrast.eval.media import Media
 from mmcontrast.eval.result import Difference, chance_of
 from mmcontrast.eval.sources import Source
 from mmcontrast.page import Html, Node, card, cards, finding, number, page, percent, section, table, tag
+from mmcontrast.remote import is_remote
 
 _MISTAKES = 12
 _CLASSES = 25  # of the lowest scores
@@ -116,6 +117,11 @@ def _reopened(result: Mapping[str, Any]) -> tuple[Source | None, str]:
     names = [str(name) for name in _list(about.get("names"))]
     if not names:
         return None, ""
+    if far := [name for name in names if is_remote(name)]:
+        return (
+            None,
+            f"The samples are not shown: a report asks no network for {far[0]}.",
+        )  # a file of strangers may say so
     try:
         source = open_data(names)
         if source.fingerprint == about.get("fingerprint"):

@@ -256,6 +256,9 @@ def test_the_last_evaluation_stands_in_the_runs_report(run: Path, kept: Path) ->
     content["answers"][HOSTILE]["details"]["data"]["names"] = [str(kept / "gone")]
     (kept / "evaluation.json").write_text(json.dumps(content))
     assert "The samples cannot be shown" in run_page([kept])
+    content["answers"][HOSTILE]["details"]["data"]["names"] = ["http://127.0.0.1:9/{00..99}.tar"]
+    (kept / "evaluation.json").write_text(json.dumps(content))
+    assert "a report asks no network for http://127.0.0.1:9" in run_page([kept])
 
 
 def test_a_changed_file_costs_a_part_and_not_the_page(kept: Path) -> None:

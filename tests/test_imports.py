@@ -64,7 +64,7 @@ MAY = {
     "eval": LOW
     | {"sharding", "check"}
     | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "charts", "geometry"}
-    | {"eval"},
+    | {"remote", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},
     "quickstart": {"config"},
 }
