@@ -156,6 +156,6 @@ def _chart(runs: Mapping[str, History], q: Question, stem: str, metrics: list[st
         known = {n.removeprefix(f"{q.prefix}/"): c.last for n, c in next(iter(runs.values())).curves.items()}
         level = chance_of(metrics[0], known)
         chance = {} if level is None else {f"chance: {number(round(level, 3))}": level}
-    title = words(stem if "@" in metrics[0] else ", ".join(metrics))
+    title = words(stem if len(metrics) > 1 and "@" in metrics[0] else ", ".join(metrics))
     banded = "Bands are 95 % intervals." if any(line.low for line in lines) else ""
     return line_chart(lines, title=title, about=banded, levels=chance)
