@@ -200,7 +200,9 @@ class _Saved:
 
     def _note(self, t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in self._seen:
+        whole = t if t._base is None else t._base  # pyright: ignore[reportPrivateUsage]
+        # Parameters that sharding has gathered are others than the model's.
+        if not isinstance(whole, nn.Parameter) and storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return t

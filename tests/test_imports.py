@@ -50,7 +50,18 @@ MAY = {
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
     | {"interrupts", "not_finite", "run_folder", "settings"}
     | {"schedules", "ema", "progress", "parallel", "execution", "launch"},
-    "plan": {"config", "batch", "manifest", "encoders", "execution", "trainer", "recipe", "arguments", "plan"},
+    "plan": {
+        "config",
+        "batch",
+        "cached",
+        "manifest",
+        "encoders",
+        "execution",
+        "trainer",
+        "recipe",
+        "arguments",
+        "plan",
+    },
     "recipe": {"config", "checkpoint", "trainer"},
     "arguments": set[str](),
     "tables": {"config"},

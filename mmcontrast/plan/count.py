@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import map_tensors
+from mmcontrast.encoders.base import Encoder
 from mmcontrast.encoders.depth import blocks
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.execution import recompute
 from mmcontrast.trainer import Trainer
 
+_TEXT = "two dogs and a red ball " * 500
 _ROWS = (2, 4)  # what a row takes is the difference, what does not grow with them the rest
 
 
@@ -80,11 +82,13 @@ class Model:
     Attributes:
         towers: by modality.
         heads: parameters of the heads; what they compute is not counted.
+        joined: the modalities that each head reads together.
         real: whether it had to be built with memory.
     """
 
     towers: tuple[Tower, ...]
     heads: int
+    joined: tuple[tuple[str, ...], ...]
     real: bool
 
     @property
@@ -119,7 +123,8 @@ def count(config: Trainer.Config) -> Model:
 
 def _count(model: MultiEncoder, half: bool, fake: Any) -> Model:
     towers = tuple(_tower(model, m, half, fake) for m in model.modalities)
-    return Model(towers, sum(p.numel() for p in model.heads.parameters()), fake is not None)
+    joined = tuple(tuple(head.modalities) for head in model.terms.values())
+    return Model(towers, sum(p.numel() for p in model.heads.parameters()), joined, fake is not None)
 
 
 def _tower(model: MultiEncoder, modality: str, half: bool, fake: Any) -> Tower:
@@ -134,16 +139,16 @@ def _tower(model: MultiEncoder, modality: str, half: bool, fake: Any) -> Tower:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             return projection(pooled)
 
-    plain, fixed = _per_row(run, encoder.example(), parameters, fake)
+    example = _longest(encoder)
+    plain, fixed = _per_row(run, example, parameters, fake)
     recomputed, block = None, 0.0
     if stack and not encoder.frozen:
         before = [(b, b.forward) for b in stack]
         recompute({modality: encoder}, (modality,))
-        recomputed, _ = _per_row(run, encoder.example(), parameters, fake)
+        recomputed, _ = _per_row(run, example, parameters, fake)
         for b, forward in before:
             b.forward = forward
         block = max(0.0, plain.kept - recomputed.kept) / len(stack)
-    example = encoder.example()
     return Tower(
         name=modality,
         parameters=sum(p.numel() for p in parameters),
@@ -158,6 +163,17 @@ def _tower(model: MultiEncoder, modality: str, half: bool, fake: Any) -> Tower:
         input_bytes=sum(t.numel() * t.element_size() for t in _tensors(example)),
         tokens=max((t.shape[1] for t in _tensors(example) if t.ndim == 2 and encoder.kind == "text"), default=0),
     )
+
+
+def _longest(encoder: Encoder) -> Any:
+    """One row, [1, ...]; of text as much as the tower takes, where its example is short."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    if encoder.kind != "text":
+        return encoder.example()
+    with unset_fake_temporarily():  # tokenizers make numbers, not shapes
+        transform = encoder.transform(train=False)
+        return transform.collate([transform(_TEXT)])
 
 
 def _per_row(run: Callable[[Any], Tensor], example: Any, weights: list[nn.Parameter], fake: Any) -> tuple[Cost, float]:

@@ -5,11 +5,14 @@ Letters: W ranks, N rows of the global batch, n = N / W, D dimensions, P paramet
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from mmcontrast.batch import Batch
+from mmcontrast.cached import pieces_of
 from mmcontrast.config import ConfigError
 from mmcontrast.plan.accelerators import Accelerator
 from mmcontrast.plan.count import Cost, Model, Tower
@@ -95,31 +98,30 @@ def predict(config: Trainer.Config, model: Model, machine: Machine, *, states: i
     if config.global_batch % machine.gpus:
         raise ConfigError(f"global_batch {config.global_batch} must be a multiple of gpus ({machine.gpus})")
     n = config.global_batch // machine.gpus
-    sizes = {t.name: min(n, config.tower_micro_batch.get(t.name, config.micro_batch)) for t in model.towers}
-    counts = {name: math.ceil(n / size) for name, size in sizes.items()}
+    pieces = _pieces(config, model, n)
+    kept = pieces[: max(1, config.keep_graphs)]
     again = {t.name: _is_recomputed(config, t) for t in model.towers}
-    graphs = _graphs(config, model, sizes, counts, again)
-    kept_rows = {t.name: min(n, max(1, config.keep_graphs) * sizes[t.name]) for t in model.towers}
     notes: list[str] = []
     half = config.precision == "bf16"
     if half and not machine.device.bf16:
         notes.append(f"{machine.device.name} has no bfloat16: the rate is that of float32")
-    flops = _flops(config, model, n, kept_rows, again)
+    flops = _flops(config, model, n, kept, again)
     rate = machine.mfu * (machine.device.bf16 if half and machine.device.bf16 else machine.device.fp32)
     # The loss runs in float32 whatever the towers do.
     compute = sum(v for k, v in flops.items() if k != "loss") / rate
     compute += flops["loss"] / (machine.mfu * machine.device.fp32)
-    sent = _sent(config, model, machine.gpus, n, counts)
+    sent = _sent(config, model, machine.gpus, n, pieces)
     link = machine.device.link if machine.gpus <= machine.per_node else min(machine.network, machine.device.link)
     memory = _weights(config, model, machine.gpus, states)
     memory |= {
-        "graphs": graphs,
+        "graphs": _graphs(config, pieces, again),
         "inputs": float(n * sum(t.input_bytes for t in model.towers)),
         "embeddings": _embeddings(config, model, n),
         "scores": _scores(config, n),
     }
     memory["allocator"] = SPARE * sum(memory.values())
     memory["driver"] = machine.device.context
+    counts = {t.name: sum(t in piece.towers for piece in pieces) for t in model.towers}
     return Prediction(memory, flops, sent, compute, sum(sent.values()) / link, counts, tuple(notes))
 
 
@@ -132,28 +134,41 @@ def _cost(tower: Tower, again: bool) -> Cost:
     return tower.recomputed if again and tower.recomputed is not None else tower.plain
 
 
-def _graphs(
-    config: Trainer.Config,
-    model: Model,
-    sizes: Mapping[str, int],
-    counts: Mapping[str, int],
-    again: Mapping[str, bool],
-) -> float:
+@dataclass(frozen=True)
+class _Piece:
+    """A micro-batch of one tower, or of towers that a head reads together."""
+
+    towers: tuple[Tower, ...]
+    rows: int
+
+
+def _pieces(config: Trainer.Config, model: Model, n: int) -> list[_Piece]:
+    """The micro-batches of a rank, in the order in which the gradient cache encodes them."""
+    batch = Batch({}, {t.name: torch.arange(n) for t in model.towers}, torch.arange(n))
+    sizes = {t.name: config.tower_micro_batch.get(t.name, config.micro_batch) for t in model.towers}
+    found: list[_Piece] = []
+    for piece in pieces_of(replace(batch, inputs=batch.rows), sizes, model.joined):
+        own = [t for t in model.towers if t.name in piece.rows]
+        found.append(_Piece(tuple(own), max(len(rows) for rows in piece.rows.values())))
+    return found
+
+
+def _graphs(config: Trainer.Config, pieces: Sequence[_Piece], again: Mapping[str, bool]) -> float:
     """Bytes of the graphs that are held at a time, and of the backward through one block."""
-    graph = sum(sizes[t.name] * _cost(t, again[t.name]).kept + t.fixed for t in model.towers)
-    held = min(max(1, config.keep_graphs), max(counts.values())) * graph
-    room = max(counts.values()) * graph - held
-    at_work = max((sizes[t.name] * t.block * (2 if again[t.name] else 1) for t in model.towers), default=0.0)
-    return held + min(float(config.keep_graph_bytes), max(0.0, room)) + at_work
+    sizes = [sum(p.rows * _cost(t, again[t.name]).kept + t.fixed for t in p.towers) for p in pieces]
+    count = max(1, config.keep_graphs)
+    further = min(float(config.keep_graph_bytes), sum(sizes[count:]))
+    blocks = [p.rows * t.block * (2 if again[t.name] else 1) for p in pieces for t in p.towers]
+    return max(max(sizes), sum(sizes[:count]) + further) + max(blocks)
 
 
 def _flops(
-    config: Trainer.Config, model: Model, n: int, kept_rows: Mapping[str, int], again: Mapping[str, bool]
+    config: Trainer.Config, model: Model, n: int, kept: Sequence[_Piece], again: Mapping[str, bool]
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     for t in model.towers:
         cost = _cost(t, again[t.name])
-        twice = 0 if t.frozen else n - kept_rows[t.name]  # in the second pass
+        twice = 0 if t.frozen else n - sum(p.rows for p in kept if t in p.towers)  # in the second pass
         found[t.name] = (n + twice) * cost.forward + n * cost.backward
     products = 6 if n * config.global_batch * FLOAT <= config.keep_bytes else 8
     found["loss"] = float(products * n * config.global_batch * config.model.dim * _pairs(config))
@@ -175,7 +190,7 @@ def _travelling(config: Trainer.Config) -> int:
     return len({m for o in built for m in (o.modalities if o.whole else o.candidates)})
 
 
-def _sent(config: Trainer.Config, model: Model, ranks: int, n: int, counts: Mapping[str, int]) -> dict[str, float]:
+def _sent(config: Trainer.Config, model: Model, ranks: int, n: int, pieces: Sequence[_Piece]) -> dict[str, float]:
     """Bytes that a rank sends in a step, by rings (what gloo and NCCL move at least)."""
     others, share = ranks - 1, (ranks - 1) / ranks
     towers = _travelling(config) * n * config.model.dim * FLOAT * others
@@ -185,17 +200,24 @@ def _sent(config: Trainer.Config, model: Model, ranks: int, n: int, counts: Mapp
     trained = float(model.trained * FLOAT)
     if config.parallel == "ddp" or ranks == 1:
         return found | {"gradients": 2 * share * trained}
-    kept = min(max(1, config.keep_graphs), max(counts.values()))
-    rounds = 3 * max(counts.values()) - kept if config.reshard else 1
-    return found | {"gradients": share * trained, "weights": share * _gathered(config, model) * rounds}
+    weights = 0.0
+    for t in model.towers:
+        if not t.frozen:
+            count = sum(t in p.towers for p in pieces)
+            kept = sum(t in p.towers for p in pieces[: max(1, config.keep_graphs)])
+            # Two forwards, one of a kept graph, and a backward; and those of the dummy row in the step's last backward.
+            rounds = 3 * count - kept + (0 if t in pieces[-1].towers else 2)
+            weights += _gathered(config, t) * (rounds if config.reshard else 1)
+    return found | {"gradients": share * trained, "weights": share * (weights + FLOAT * model.heads)}
 
 
-def _gathered(config: Trainer.Config, model: Model) -> float:
-    """Bytes of all weights that are spread, as they are gathered."""
-    half = config.precision == "bf16"
-    spread = [t for t in model.towers if not t.frozen]
-    in_blocks = sum(t.in_blocks for t in spread)
-    return (2 if half else FLOAT) * in_blocks + FLOAT * (sum(t.parameters - t.in_blocks for t in spread) + model.heads)
+def _gathered(config: Trainer.Config, tower: Tower) -> float:
+    """Bytes of a tower's weights as they are gathered."""
+    return _block_type(config) * tower.in_blocks + FLOAT * float(tower.parameters - tower.in_blocks)
+
+
+def _block_type(config: Trainer.Config) -> int:
+    return 2 if config.precision == "bf16" else FLOAT
 
 
 def _weights(config: Trainer.Config, model: Model, ranks: int, states: int) -> dict[str, float]:
@@ -211,12 +233,12 @@ def _weights(config: Trainer.Config, model: Model, ranks: int, states: int) -> d
         }
     frozen = float(FLOAT * sum(t.parameters for t in model.towers if t.frozen))
     part = frozen + (whole - frozen) / ranks
-    gathered = _gathered(config, model)
+    spread = [t for t in model.towers if not t.frozen]
+    gathered = sum(_gathered(config, t) for t in spread) + FLOAT * model.heads
     if config.reshard:  # of the blocks two at a time: one at work and the next
-        size = 2 if config.precision == "bf16" else FLOAT
-        spread = [t for t in model.towers if t.blocks and not t.frozen]
-        gathered -= size * sum(t.in_blocks for t in spread)
-        gathered += 2 * size * max((t.in_blocks / t.blocks for t in spread), default=0.0)
+        stacks = [t for t in spread if t.blocks]
+        gathered -= _block_type(config) * sum(t.in_blocks for t in stacks)
+        gathered += 2 * _block_type(config) * max((t.in_blocks / t.blocks for t in stacks), default=0.0)
     return {
         "weights": part + gathered,
         "gradients": trained + trained / ranks,

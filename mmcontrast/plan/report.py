@@ -61,7 +61,7 @@ class Plan:
             f"FLOPs and graphs are counted in forward and backward passes {counted}; heads and decoding are not",
             "a graph on an accelerator keeps what one on a CPU keeps; kernels need no further memory",
             f"allocators lose {SPARE:.0%}; driver and libraries take {device.context / 1e9:.1f} GB",
-            "every sample has every modality",
+            "every sample has every modality, and every text is as long as its tower takes",
         ]
 
     def as_json(self) -> dict[str, Any]:
