@@ -17,7 +17,7 @@ from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
 from mmcontrast.eval.seen import seen, without
 from mmcontrast.eval.sources import Source
-from mmcontrast.eval.spec import Spec
+from mmcontrast.eval.spec import PROMPTED, Spec
 from mmcontrast.eval.task import Task
 from mmcontrast.eval.trained import TrainedTask
 
@@ -102,19 +102,27 @@ def answer(
     return answers, problems
 
 
-def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str], folder: Path | None) -> dict[str, Answer]:
-    model, name = asked.model, spec.config.name
-    tasks = spec.questions(model, source, asked.training)
+def _ask(
+    asked: Asked, spec: Spec, source: Source, problems: list[str], folder: Path | None
+) -> dict[tuple[str, str | None], Answer]:
+    """(Task, language) -> its answer."""
+    model, name, languages = asked.model, spec.config.name, spec.config.languages
+    tasks = {
+        (key, language or spec.config.language): task
+        for language in (None, *languages)
+        for key, task in spec.questions(model, source, asked.training, language).items()
+        if not (languages and language is None and key in PROMPTED)
+    }
     wanted = list(dict.fromkeys(m for task in tasks.values() for m in task.modalities()))
     # Without those that no sample has: pictures with labels alone can still be classified.
     there = [m for m in wanted if has(source, model, m)]
     cache = None if folder is None else EmbeddingCache(folder, asked.identity)
     data = embed(model, source, modalities=there or wanted, progress=sys.stderr.isatty(), cache=cache)
     learning = list(dict.fromkeys(m for t in tasks.values() if isinstance(t, TrainedTask) for m in t.modalities()))
-    found: dict[str, Answer] = {}
+    found: dict[tuple[str, str | None], Answer] = {}
     failed: list[str] = []
     train: Embedded | None = None
-    for key, task in tasks.items():
+    for (key, language), task in tasks.items():
         try:
             if isinstance(task, TrainedTask):
                 train = train or embed(
@@ -127,7 +135,7 @@ def _ask(asked: Asked, spec: Spec, source: Source, problems: list[str], folder: 
             failed.append(f"{name}: {key} left out: {error}")
             continue
         result = task.located(result, data)
-        found[key] = Answer(name, asked, result, result.task, spec.config.language, data.skipped, source=source)
+        found[key, language] = Answer(name, asked, result, result.task, language, data.skipped, source=source)
     if not found:
         raise ConfigError("; ".join(failed))
     problems += failed

@@ -17,7 +17,8 @@ def as_table(answers: Sequence[Answer]) -> str:
     """Results in columns, one metric a line, with its interval and, against another model, its difference."""
     lines: list[str] = []
     for answer in answers:
-        lines.append(f"{answer.dataset}  {answer.task}  {answer.model.name}")
+        language = f"  [{answer.language}]" if answer.language else ""
+        lines.append(f"{answer.dataset}  {answer.task}{language}  {answer.model.name}")
         other, differences = answer.against or ("", {})
         for name, metric in answer.result.metrics.items():
             interval = "" if metric.low is None else f"  [{_number(metric.low)}, {_number(metric.high)}]"

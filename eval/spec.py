@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from mmcontrast.config import CLASS_KEY, ConfigError, Configurable, class_path, from_dict, suggest
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.captions import Captions
 from mmcontrast.eval.compositional import Compositional
 from mmcontrast.eval.few_shot import FewShot
 from mmcontrast.eval.geometry import Geometry
@@ -40,11 +41,15 @@ TASKS: Mapping[str, type[EmbeddedTask]] = {
     "knn": KNN,
     "few_shot": FewShot,
     "compositional": Compositional,
+    "captions": Captions,
     "joint": Joint,
 }
 """The questions that can be asked of any data set, by name."""
 _ASKED = ("zero_shot", "retrieval")  # where neither the data nor the user says
 _SPECS = (".yaml", ".yml", ".toml")
+_OF_LANGUAGE = {"classes", "templates", "prompts"}
+PROMPTED = ("zero_shot", "few_shot")
+"""Tasks that are asked once in each language."""
 _PROMPTS = ("templates", "prompts", "negative_templates", "negative_prompts")
 
 
@@ -93,6 +98,9 @@ class Spec(Configurable):
         """Where labels are lists: leave out samples whose list is empty."""
         language: str | None = None
         """Of the prompts and captions."""
+        languages: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
+        """Language -> its `classes` (in the order of the others, or by their names), `templates` and `prompts`; tasks
+        with prompts are then asked once in each."""
         pair: tuple[str, str] | None = None
         """Modalities; None takes the first of the model that the data have, and its text."""
         group: str | None = None
@@ -106,6 +114,10 @@ class Spec(Configurable):
         for name in config.tasks:
             if name not in TASKS:
                 raise ConfigError(f"{config.name}: there is no task {name!r}{suggest(name, TASKS)}")
+        for language, said in config.languages.items():
+            if unknown := sorted(said.keys() - _OF_LANGUAGE):
+                where = f"{config.name}: languages.{language}"
+                raise ConfigError(f"{where} has {unknown[0]!r}{suggest(unknown[0], _OF_LANGUAGE)}")
         self.config = config
 
     def open(self) -> Source:
@@ -139,7 +151,7 @@ class Spec(Configurable):
         return open_data(data, reading, layout=c.layout)
 
     def questions(
-        self, model: MultiEncoder, source: Source, training: Training | None = None
+        self, model: MultiEncoder, source: Source, training: Training | None = None, language: str | None = None
     ) -> dict[str, EmbeddedTask]:
         """Task -> the question as it is asked of this model.
 
@@ -147,6 +159,7 @@ class Spec(Configurable):
             model: which is asked.
             source: the data.
             training: what is known of how it was trained.
+            language: one of `languages`, of which only tasks with prompts are asked; by default all tasks as they are.
 
         Raises:
             ConfigError: settings that a task does not have, or the model has no text to compare with.
@@ -173,6 +186,7 @@ class Spec(Configurable):
             "few_shot": {**classified, "prompt_modality": y, "templates": c.templates, "prompts": c.prompts},
             "retrieval": {"pair": [x, y], "group": c.group},
             **dict.fromkeys(("geometry", "compositional"), {"pair": [x, y]}),
+            "captions": {"modality": x, "text": y},
             "joint": {
                 "candidate": x,
                 "known": known,
@@ -180,10 +194,38 @@ class Spec(Configurable):
                 "score": "product" if any({x, *known} <= trained for trained in training.products) else "sum",
             },
         }
+        if language is not None:
+            prompts = self._prompts_in(language, source)
+            own = {name: {**own[name], "templates": (), "prompts": prompts} for name in PROMPTED}
         found: dict[str, EmbeddedTask] = {}
         for name, settings in (c.tasks or dict.fromkeys(source.questions or _ASKED, {})).items():
+            if name not in own:
+                continue
             said = {CLASS_KEY: class_path(TASKS[name]), **common, **own[name], **settings}
             found[name] = from_dict(said, where=f"{c.name}: {name}").build()
+        return found
+
+    def _prompts_in(self, language: str, source: Source) -> dict[str, list[str]]:
+        """Class, as the labels have it -> its prompts in a language."""
+        c, said = self.config, self.config.languages[language]
+        names: Any = said.get("classes") or {}
+        classes = list(c.classes or source.classes) or list(names)
+        where = f"{c.name}: languages.{language}"
+        if not classes:
+            raise ConfigError(f"{where}: the classes are not known; list them under classes, as the labels have them")
+        if isinstance(names, list):
+            listed = cast(list[Any], names)
+            if len(listed) != len(classes):
+                raise ConfigError(f"{where} names {len(listed)} classes of {len(classes)}; name all, in their order")
+            names = dict(zip(classes, listed, strict=True))
+        elif unknown := [name for name in names if name not in classes]:
+            raise ConfigError(f"{where} names {unknown[0]!r}, which is no class{suggest(str(unknown[0]), classes)}")
+        templates = said.get("templates") or c.templates or source.templates or ("{c}",)
+        own: Any = said.get("prompts") or {}
+        found: dict[str, list[str]] = {}
+        for name in classes:
+            texts = own.get(name) or [str(t).replace("{c}", str(names.get(name, name))) for t in templates]
+            found[name] = [texts] if isinstance(texts, str) else [str(text) for text in texts]
         return found
 
 
@@ -265,6 +307,9 @@ def _spec(given: Mapping[str, Any], home: Path, where: str) -> Spec.Config:
     for key in ("prompts", "negative_prompts"):
         if isinstance(said.get(key), dict):
             said[key] = {str(k): [v] if isinstance(v, str) else v for k, v in said[key].items()}
+    languages: Any = said.get("languages")
+    if isinstance(languages, dict):
+        said["languages"] = {str(k): _language(home, v) for k, v in cast(dict[Any, Any], languages).items()}
     tasks = said.get("tasks")
     if isinstance(tasks, list):
         said["tasks"] = {str(name): {} for name in cast(list[Any], tasks)}
@@ -272,6 +317,17 @@ def _spec(given: Mapping[str, Any], home: Path, where: str) -> Spec.Config:
         said["tasks"] = {name: settings or {} for name, settings in cast(dict[str, Any], tasks).items()}
     found = from_dict({CLASS_KEY: class_path(Spec), **said}, where=where)
     return cast(Spec.Config, found)
+
+
+def _language(home: Path, said: Any) -> Any:
+    """What a spec says of one language, with the lines of files that it names; a list alone are its classes."""
+    found: Any = {"classes": said} if isinstance(said, list) else said
+    if not isinstance(found, dict):
+        return found
+    read = cast(dict[str, Any], found)
+    return {
+        k: _lines_of(home / v) if k in ("classes", "templates") and isinstance(v, str) else v for k, v in read.items()
+    }
 
 
 def _beside(home: Path, data: Any) -> Any:

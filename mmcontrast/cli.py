@@ -102,7 +102,17 @@ def evaluate(
     model: Positional[str],
     data: Positional[tuple[str, ...]] = (),
     tasks: tuple[
-        Literal["zero_shot", "retrieval", "geometry", "linear_probe", "knn", "few_shot", "joint", "compositional"],
+        Literal[
+            "zero_shot",
+            "retrieval",
+            "geometry",
+            "linear_probe",
+            "knn",
+            "few_shot",
+            "joint",
+            "compositional",
+            "captions",
+        ],
         ...,
     ] = (),
     train: tuple[str, ...] = (),
