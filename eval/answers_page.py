@@ -6,6 +6,7 @@ Everything is drawn of a result's plain values (`Result.to_json`), in the proces
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,10 +19,11 @@ from mmcontrast.eval.layouts import open_data
 from mmcontrast.eval.media import Media
 from mmcontrast.eval.result import Difference, chance_of
 from mmcontrast.eval.sources import Source
-from mmcontrast.page import Html, Node, card, cards, finding, number, page, percent, section, table, tag
+from mmcontrast.page import Html, Node, card, cards, finding, number, page, pair, percent, section, table, tag
 from mmcontrast.remote import is_remote
 
 _MISTAKES = 12
+_SETS = 8
 _CLASSES = 25  # of the lowest scores
 _WORDS = {
     "zeroshot_classification": "zero-shot classification",
@@ -29,6 +31,9 @@ _WORDS = {
     "linear_probe": "linear probe",
     "knn": "nearest neighbours",
     "joint_retrieval": "joint retrieval",
+    "few_shot": "few shots",
+    "image_caption_selection": "choice among hard negatives",
+    "compositional": "choice among hard negatives",
 }
 
 EXTRA = """
@@ -138,7 +143,7 @@ def draw(shown: Shown) -> Html:
     media = Media(shown.source, {str(m): str(kind) for m, kind in _mapping(about.get("kinds")).items()})
     asked = [str(m) for m in _list(about.get("modalities"))]
     parts: list[Node] = []
-    for make in (_facts, _scores, _against, _calibration, _confusion, _per_class, _mistakes, _galleries, _plane):
+    for make in _PARTS:
         try:
             parts.append(make(shown, details, media, asked))
         except (
@@ -273,6 +278,42 @@ def _per_class(shown: Shown, details: Mapping[str, Any], media: Media, asked: Se
     return [tag("h3", "By class"), table(["class", "samples", *(name.replace("_", " ") for name in names)], rows)]
 
 
+def _shots(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
+    """Accuracy by the number of examples of a class."""
+    metrics = _mapping(shown.result.get("metrics"))
+    found: dict[str, list[tuple[int, Sequence[float]]]] = {}
+    for name, metric in metrics.items():
+        match = re.fullmatch(r"(acc1|blend_acc1)@(\d+)shot", str(name))
+        if match and None not in _list(metric)[:3]:
+            found.setdefault(match[1], []).append((int(match[2]), _list(metric)))
+    if len(found.get("acc1", ())) < 2:
+        return None
+    lines: list[Line] = []
+    for name, points in found.items():
+        points.sort(key=lambda point: point[0])
+        value, low, high = ([m[i] for _, m in points] for i in range(3))
+        said = "examples" if name == "acc1" else "examples and prompts"
+        lines.append(Line(said, [k for k, _ in points], value, low, high, dots=True))
+    prompts = (_list(metrics.get("zero_shot_acc1")) or [None])[0]
+    chance = _mapping(shown.result.get("chance")).get("chance")
+    levels = {name: float(v) for name, v in (("prompts alone", prompts), ("chance", chance)) if v is not None}
+    chart = line_chart(lines, title="Accuracy by examples of a class", x="examples", log_x=True, levels=levels)
+    return tag("div", chart, class_="charts")
+
+
+def _failed(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
+    """Sets of hard negatives that were not told apart."""
+    sets = [_mapping(entry) for entry in _list(details.get("failed"))][:_SETS]
+    if not sets or not asked:
+        return None
+    drawn = [
+        card([pair(*(media.draw(m, [int(p), 0]) for m in asked[:2])) for p in _list(entry["positions"])[:4]])
+        for entry in sets
+    ]
+    note = tag("p", "A line is a right pair; some pair of the set scored no higher than a wrong one.", class_="quiet")
+    return [tag("h3", "Sets that were not told apart"), note, cards(drawn)]
+
+
 def _mistakes(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
     """Where it was most sure of a wrong class."""
     found = [_mapping(entry) for entry in _list(details.get("mistakes"))][:_MISTAKES]
@@ -351,3 +392,9 @@ def _plane(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequen
     )
     ties = [(i, i) for i in range(min(60, len(groups[x])))]
     return tag("div", cloud(groups, title=f"{x} and {y} in one plane", about=about, ties=ties), class_="plane")
+
+
+_PARTS = (
+    *(_facts, _scores, _against, _shots, _calibration, _confusion),
+    *(_per_class, _mistakes, _failed, _galleries, _plane),
+)

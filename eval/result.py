@@ -98,7 +98,7 @@ class Result:
 
 def chance_of(metric: str, known: Mapping[str, float]) -> float | None:
     """What a random answer reaches of a metric, where results say so: `chance`, `WAY_chance@k` and so on."""
-    if metric in ("acc1", "mean_per_class_recall"):
+    if metric in ("acc1", "mean_per_class_recall", "zero_shot_acc1") or re.fullmatch(r"(blend_)?acc1@\d+shot", metric):
         return known.get("chance", known.get("chance@1"))
     if match := re.fullmatch(r"(?:(.*_)?recall@|acc)(\d+)", metric):
         return known.get(f"{match[1] or ''}chance@{match[2]}", known.get(f"chance@{match[2]}"))

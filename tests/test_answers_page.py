@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmcontrast import load
 from mmcontrast.cli import main
 from mmcontrast.decode import audio, picture
 from mmcontrast.eval.answers_page import draw, shown_again
@@ -162,7 +163,8 @@ def test_of_many_classes_the_most_confused_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("metric", "level"),
     [("acc1", 0.1), ("mean_per_class_recall", 0.1), ("acc5", 0.2), ("acc3", None), ("a_to_b_recall@5", 0.3),
-     ("b_to_a_recall@5", 0.2), ("a_to_b_recall@1%", None), ("macro_auroc", 0.5), ("median_rank", None)],
+     ("b_to_a_recall@5", 0.2), ("a_to_b_recall@1%", None), ("blend_acc1@4shot", 0.1),
+     ("macro_auroc", 0.5), ("median_rank", None)],
 )  # fmt: skip
 def test_chance_is_that_of_the_metric(metric: str, level: float | None) -> None:
     known = {"chance": 0.1, "chance@5": 0.2, "a_to_b_chance@5": 0.3, "macro_auroc_chance": 0.5}
@@ -231,12 +233,26 @@ def test_two_models_are_compared(run: Path, tmp_path: Path) -> None:
     assert f"Compared with {other}" in path.read_text() and path.read_text().count("not told apart") > 5
 
 
+def test_shots_are_a_curve_and_failed_sets_are_shown(run: Path) -> None:
+    metrics = {"acc1@1shot": [0.4, 0.3, 0.5], "acc1@16shot": [0.8, 0.7, 0.9], "acc1@4shot": [0.6, 0.5, 0.7],
+               "zero_shot_acc1": [0.55, 0.5, 0.6]}  # fmt: skip
+    few = draw(shown_again("x", {"task": "few_shot", "metrics": metrics, "chance": {"chance": 0.1}, "counts": {}}))
+    told = next(a["data-chart"] for a in Reader(few).named("svg") if "data-chart" in a)
+    (line,) = json.loads(str(told))["lines"]
+    assert line["x"] == [1, 4, 16] and line["y"] == [0.4, 0.6, 0.8] and line["high"] == [0.5, 0.7, 0.9]
+    assert "prompts alone" in few and few.count('class="chance"') == 4
+    names = [str(run.parent / "shards")]
+    data = Retrieval.Config(data=tuple(names)).build().answer(cast(Any, load(run))).details["data"]
+    failed = {"task": "compositional", "metrics": {}, "counts": {}, "details": {
+        "data": data, "failed": [{"item": "x", "positions": [0, 1]}]}}  # fmt: skip
+    sets = Reader(draw(shown_again("x", failed)))
+    assert len(sets.named("img")) == 2 and HOSTILE in sets.text
+
+
 @pytest.fixture
 def kept(run: Path, tmp_path: Path) -> Path:
     """A run folder as training leaves it after an evaluation."""
     task = Retrieval.Config(data=(str(run.parent / "shards"),)).build()
-    from mmcontrast import load
-
     task.run(load(run))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     content = {"step": 1, "averaged": False, "answers": {HOSTILE: task.details()}}
