@@ -100,15 +100,17 @@ def _read(source: Shards, position: int, kind: str) -> int:
 
 
 def without(result: Result, positions: Sequence[int], total: int) -> Result:
-    """The same with a warning, and with each score over the other items as METRIC_unseen."""
+    """The same with a warning, and with each score over the other items, if there are any, as METRIC_unseen."""
     known, unseen = set(positions), dict[str, float | None]()
     for items in result.items:
         weights = np.array([[float(_position(key) not in known) for key in items.keys]])
-        for name, statistic in items.statistics.items():
-            value = float(statistic(weights)[0]) if weights.any() else float("nan")
+        for name, statistic in items.statistics.items() if weights.any() else ():
+            value = float(statistic(weights)[0])
             unseen[f"{name}_unseen"] = None if np.isnan(value) else value
     first = next(((name, value) for name, value in unseen.items() if value is not None), None)
     said = f"{len(positions)} of {total} samples were trained on"
+    if not unseen:
+        said += ": the scores say nothing about others"
     if first is not None:
         name = first[0].removesuffix("_unseen")
         score = result.metrics[name].value

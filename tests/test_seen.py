@@ -63,6 +63,16 @@ def test_samples_of_the_training_shards_are_told(tmp_path: Path, capsys: pytest.
     assert any(found[1]["metrics"][f"{n}_unseen"] != found[1]["metrics"][n] for i in result.items for n in i.statistics)
 
 
+def test_where_all_were_trained_on_there_is_no_score_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tiny.write_shards(tmp_path / "test", tiny.samples(18))
+    found, _ = asked(run_on(tmp_path / "run", test), test, tmp_path / "found.json", capsys)
+    for answer in found:
+        assert answer["warnings"][-1] == "18 of 18 samples were trained on: the scores say nothing about others"
+        assert answer["metrics"]["seen_in_training"] == 18 and not any("unseen" in name for name in answer["metrics"])
+
+
 def test_nothing_is_said_where_nothing_is_shared_or_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = tiny.write_shards(tmp_path / "test", tiny.samples(18))
     other = tiny.write_shards(tmp_path / "other", tiny.samples(18, seed=500))  # the same texts
