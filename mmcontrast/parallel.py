@@ -47,8 +47,8 @@ class Layout(Protocol):
         """The last backward of a step, which averages over ranks what all of them have added up."""
         ...
 
-    def whole_model(self, model: MultiEncoder) -> MultiEncoder | None:
-        """A model, which lies as `self.model` does, to be asked on rank 0 alone; every rank calls this."""
+    def whole_model(self, model: MultiEncoder) -> MultiEncoder:
+        """A model, which lies as `self.model` does, to be asked questions by each rank alone; every rank calls this."""
         ...
 
 
@@ -69,7 +69,7 @@ class Whole:
         """DDP reduces in this backward."""
         return self._unless_alone(self.accelerator.trigger_sync_in_backward)
 
-    def whole_model(self, model: MultiEncoder) -> MultiEncoder | None:
+    def whole_model(self, model: MultiEncoder) -> MultiEncoder:
         """The model itself."""
         return model
 
@@ -105,13 +105,10 @@ class Sharded:
         half = self.accelerator.mixed_precision == "bf16"
         return shard(model, self.mesh, dtype=torch.bfloat16 if half else None, reshard=self.reshard)
 
-    def whole_model(self, model: MultiEncoder) -> MultiEncoder | None:
-        """A whole copy on rank 0, which takes the memory of all weights there; None on other ranks."""
-        tensors = whole(model.state_dict(), keep=self.accelerator.is_main_process)
-        if not self.accelerator.is_main_process:
-            return None
+    def whole_model(self, model: MultiEncoder) -> MultiEncoder:
+        """A whole copy on every rank, which takes the memory of all weights there."""
         copy: MultiEncoder = model.config.build(restore=Path(self._assets.name))
-        copy.load_state_dict(tensors)
+        copy.load_state_dict(whole(model.state_dict()))
         return copy.to(self.accelerator.device).eval()
 
     def accumulating(self) -> AbstractContextManager[None]:

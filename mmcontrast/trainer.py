@@ -438,15 +438,12 @@ class Trainer(Configurable):
         models = {"eval": self.layout.whole_model(self.model)}
         if self.ema is not None:
             models["eval_ema"] = self.layout.whole_model(self.ema.model)
-        everywhere = all(self.world.gather_objects(None not in models.values()))
         try:
             for name, evaluator in self.evaluators.items():
                 for kind, model in models.items():
-                    if everywhere and isinstance(evaluator, SharedEvaluator):
-                        assert model is not None
+                    if isinstance(evaluator, SharedEvaluator):
                         values = evaluator.run_together(model, self.world)
                     elif self.is_main:
-                        assert model is not None
                         values = evaluator.run(model)
                     else:
                         continue

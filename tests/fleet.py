@@ -21,6 +21,7 @@ from mmcontrast.data import Stream
 from mmcontrast.ema import EMA
 from mmcontrast.encoders import MultiEncoder, TextTransformer, ViT
 from mmcontrast.encoders.lora import Lora
+from mmcontrast.eval.retrieval import Retrieval
 from mmcontrast.optim import Timm
 from mmcontrast.trainer import Trainer
 from tests import coca, shapes, tiny
@@ -80,6 +81,8 @@ def settings(kind: str, layout: str, folder: Path, name: str) -> Trainer.Config:
     config.checkpoint = Checkpoints.Config(every=STEPS // 2, keep=10)
     assert isinstance(config.data, Stream.Config)
     config.data.shards = (str(folder / "data"),)
+    if kind == "averaged":
+        config.evaluators["pairs"] = Retrieval.Config(data=config.data.shards, k=(1, 5))
     return config
 
 
