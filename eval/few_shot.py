@@ -46,6 +46,8 @@ class FewShot(TrainedTask):
         """Prompts, each with {c} for the class name; without any, those of the data, or the bare name."""
         prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
         """Class -> its own prompts, instead of the templates."""
+        names: dict[str, str] = field(default_factory=dict[str, str])
+        """Class, as the labels have it -> what prompts call it; by default the same."""
 
     config: Config
 
@@ -76,7 +78,7 @@ class FewShot(TrainedTask):
             raise ConfigError("few_shot takes one class for each sample; these labels are lists of classes")
         heads: Floats | None = None
         if c.prompt_modality is not None and c.features == "projected":
-            prompts = prompts_of(p.classes, c.prompts, c.templates or data.source.templates)
+            prompts = prompts_of(p.classes, c.prompts, c.templates or data.source.templates, c.names)
             heads = class_embeddings(model, c.prompt_modality, prompts).double().numpy()
         statistics: dict[str, Statistic] = {}
         facts: dict[str, float | None] = {}

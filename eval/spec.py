@@ -99,8 +99,8 @@ class Spec(Configurable):
         language: str | None = None
         """Of the prompts and captions."""
         languages: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
-        """Language -> its `classes` (in the order of the others, or by their names), `templates` and `prompts`; tasks
-        with prompts are then asked once in each."""
+        """Language -> its `classes` (all in the order of the others, or label -> name), `templates` and `prompts`;
+        tasks with prompts are then asked once in each."""
         pair: tuple[str, str] | None = None
         """Modalities; None takes the first of the model that the data have, and its text."""
         group: str | None = None
@@ -195,8 +195,8 @@ class Spec(Configurable):
             },
         }
         if language is not None:
-            prompts = self._prompts_in(language, source)
-            own = {name: {**own[name], "templates": (), "prompts": prompts} for name in PROMPTED}
+            said = self._in_language(language, source)
+            own = {name: {**own[name], **said} for name in PROMPTED}
         found: dict[str, EmbeddedTask] = {}
         for name, settings in (c.tasks or dict.fromkeys(source.questions or _ASKED, {})).items():
             if name not in own:
@@ -205,28 +205,23 @@ class Spec(Configurable):
             found[name] = from_dict(said, where=f"{c.name}: {name}").build()
         return found
 
-    def _prompts_in(self, language: str, source: Source) -> dict[str, list[str]]:
-        """Class, as the labels have it -> its prompts in a language."""
+    def _in_language(self, language: str, source: Source) -> dict[str, Any]:
+        """Settings of tasks with prompts: what classes are called, their prompts, and templates if there are some."""
         c, said = self.config, self.config.languages[language]
-        names: Any = said.get("classes") or {}
-        classes = list(c.classes or source.classes) or list(names)
-        where = f"{c.name}: languages.{language}"
-        if not classes:
-            raise ConfigError(f"{where}: the classes are not known; list them under classes, as the labels have them")
+        names, prompts = said.get("classes") or {}, said.get("prompts") or {}
         if isinstance(names, list):
-            listed = cast(list[Any], names)
+            listed, classes = cast(list[Any], names), c.classes or source.classes
             if len(listed) != len(classes):
-                raise ConfigError(f"{where} names {len(listed)} classes of {len(classes)}; name all, in their order")
+                raise ConfigError(
+                    f"{c.name}: languages.{language} lists {len(listed)} classes of {len(classes)} that the spec or "
+                    "the data list; name all in their order, or say what each label is called, as {label: name}"
+                )
             names = dict(zip(classes, listed, strict=True))
-        elif unknown := [name for name in names if name not in classes]:
-            raise ConfigError(f"{where} names {unknown[0]!r}, which is no class{suggest(str(unknown[0]), classes)}")
-        templates = said.get("templates") or c.templates or source.templates or ("{c}",)
-        own: Any = said.get("prompts") or {}
-        found: dict[str, list[str]] = {}
-        for name in classes:
-            texts = own.get(name) or [str(t).replace("{c}", str(names.get(name, name))) for t in templates]
-            found[name] = [texts] if isinstance(texts, str) else [str(text) for text in texts]
-        return found
+        return {
+            "names": {str(k): str(v) for k, v in names.items()},
+            "prompts": {str(k): [v] if isinstance(v, str) else v for k, v in prompts.items()},
+            **({"templates": said["templates"]} if said.get("templates") else {}),
+        }
 
 
 def _pair(model: MultiEncoder, source: Source) -> tuple[str, str]:

@@ -45,6 +45,8 @@ class ZeroShot(EmbeddedTask):
         """Prompts, each with {c} for the class name; without any, those of the data, or the bare name."""
         prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
         """Class -> its own prompts, instead of the templates."""
+        names: dict[str, str] = field(default_factory=dict[str, str])
+        """Class, as the labels have it -> what prompts call it, such as in another language; by default the same."""
         negative_templates: tuple[str, ...] = ()
         """Prompts with {c} for absence, as CheXzero's "no {c}" (Tiu et al. 2022, doi:10.1038/s41551-022-00936-9)."""
         negative_prompts: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
@@ -86,7 +88,7 @@ class ZeroShot(EmbeddedTask):
         c = self.config
         items, labels = labels_of(data, c.modality, c.label, drop_empty=c.drop_empty)
         classes = list(c.classes or data.source.classes) or names_in(labels)
-        prompts = prompts_of(classes, c.prompts, c.templates or data.source.templates)
+        prompts = prompts_of(classes, c.prompts, c.templates or data.source.templates, c.names)
         heads = class_embeddings(model, c.prompt_modality, prompts)
         negative = self._negative_prompts(classes)
         if negative:
@@ -110,7 +112,9 @@ class ZeroShot(EmbeddedTask):
 
     def _negative_prompts(self, classes: Sequence[str]) -> list[Sequence[str]]:
         c = self.config
-        found = [c.negative_prompts.get(name) or _filled(c.negative_templates, name) for name in classes]
+        found = [
+            c.negative_prompts.get(name) or _filled(c.negative_templates, c.names.get(name, name)) for name in classes
+        ]
         without = [name for name, texts in zip(classes, found, strict=True) if not texts]
         if without and len(without) < len(classes):
             raise ConfigError(
@@ -121,10 +125,19 @@ class ZeroShot(EmbeddedTask):
 
 
 def prompts_of(
-    classes: Sequence[str], prompts: Mapping[str, Sequence[str]], templates: Sequence[str]
+    classes: Sequence[str],
+    prompts: Mapping[str, Sequence[str]],
+    templates: Sequence[str],
+    names: Mapping[str, str],
 ) -> list[Sequence[str]]:
-    """Each class's own prompts, or the templates with its name; without templates the bare name."""
-    return [prompts.get(name) or _filled(templates or ("{c}",), name) for name in classes]
+    """Each class's own prompts, or the templates with its name; without templates the bare name.
+
+    Raises:
+        ConfigError: `names` has what is no class.
+    """
+    if unknown := [name for name in names if name not in classes]:
+        raise ConfigError(f"names has {unknown[0]!r}, which is no class{suggest(unknown[0], classes)[:400]}")
+    return [prompts.get(c) or _filled(templates or ("{c}",), names.get(c, c)) for c in classes]
 
 
 def _filled(templates: Sequence[str], name: str) -> Sequence[str]:

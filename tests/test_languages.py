@@ -83,17 +83,29 @@ def test_classes_that_one_language_does_not_tell_apart_are_named(asked: tuple[Pa
     assert not second["warnings"]
 
 
-def test_languages_that_cannot_be_asked(asked: tuple[Path, MultiEncoder]) -> None:
+def test_classes_that_only_samples_name(asked: tuple[Path, MultiEncoder]) -> None:
+    """Labels are known when the samples are read."""
+    folder, model = asked
+    languages = {"de": {"classes": GERMAN}, "some": {"classes": {"red": "rot"}}}
+    spec = _spec(folder, languages, classes=[], tasks=["zero_shot"])
+    main(["eval", str(folder / "run"), str(spec), "--json", str(folder / "found.json")])
+    for f, names in zip(json.loads((folder / "found.json").read_text()), (GERMAN, {"red": "rot"}), strict=True):
+        prompts = {n: (names.get(n, n),) for n in NAMES}
+        want = ZeroShot.Config(data=(str(folder / "data" / "test"),), prompts=prompts).build().run(model)
+        assert {name: f["metrics"][name] for name in want} == want
+
+
+def test_languages_that_cannot_be_asked(asked: tuple[Path, MultiEncoder], capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = asked
     for languages, said in (
-        ({"de": {"classes": ["rot"]}}, "languages.de names 1 classes of 6; name all, in their order"),
-        ({"de": {"classes": {"rd": "rot"}}}, "languages.de names 'rd', which is no class; did you mean 'red'"),
+        ({"de": {"classes": ["rot"]}}, "languages.de lists 1 classes of 6 that the spec or the data list"),
         ({"de": {"class": []}}, "languages.de has 'class'; did you mean 'classes'"),
         ({"de": 3}, "languages"),
     ):
         with pytest.raises(ConfigError, match=said):
             spec: Spec = read_spec(str(_spec(folder, languages))).build()
             spec.questions(model, spec.open(), language="de")
-    unknown: Spec = read_spec(str(_spec(folder, {"de": {}}, classes=[]))).build()
-    with pytest.raises(ConfigError, match="the classes are not known; list them under classes"):
-        unknown.questions(model, unknown.open(), language="de")
+    wrong = _spec(folder, {"de": {"classes": {"rd": "rot"}}}, tasks=["zero_shot"])
+    with pytest.raises(SystemExit):
+        main(["eval", str(folder / "run"), str(wrong)])
+    assert "names has 'rd', which is no class; did you mean 'red'" in capsys.readouterr().err
