@@ -106,7 +106,8 @@ def shown_of(answer: Answer, *, named: bool = False) -> Shown:
     result = answer.result.to_json()
     source, lost = (answer.source, "") if answer.source is not None else _reopened(result)
     of = f"{answer.model.name}: " if named else ""
-    title = f"{of}{answer.dataset}: {_WORDS.get(answer.task, answer.task)}"
+    language = f" ({answer.language})" if answer.language else ""
+    title = f"{of}{answer.dataset}: {_WORDS.get(answer.task, answer.task)}{language}"
     return Shown(title, result, source, lost, len(answer.skipped), answer.against)
 
 
