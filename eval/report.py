@@ -65,7 +65,7 @@ def search_page(index: Index, queries: Sequence[str], answers: Sequence[Sequence
 def _hit(index: Index, hit: Hit, place: int) -> Html:
     text = hit.text or hit.key
     bar = tag("i", style=f"width:{100 * max(0.0, min(1.0, hit.score)):.0f}%")
-    score = tag("div", f"{place}. cosine {hit.score:.3f}", class_="quiet")
+    score = tag("div", f"{place}. score {hit.score:.3f}", class_="quiet")
     return tag("li", _medium(index, hit, text), bar, tag("div", text, class_="said"), score, class_="card")
 
 

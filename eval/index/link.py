@@ -153,7 +153,7 @@ class Linked:
         right = np.array([name in keys for name, keys in zip(named, wanted, strict=True)])
         has = np.array([bool(keys) for keys in wanted])
         scores = np.where(there, self.scores[chosen], -np.inf)
-        # By a fixed draw, so that the order of the file decides nothing.
+        # Drawn, so that a sorted file does not put one kind of records into one half.
         order = np.random.default_rng(0).permutation(len(scores))
         choosing, other = (order[::2], order[1::2]) if len(order) >= 20 else (order, order[:0])
         curve = points(scores[choosing], right[choosing], has[choosing])

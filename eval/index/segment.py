@@ -32,6 +32,7 @@ from mmcontrast.eval.index.vectors import (
     nearest,
     open_vectors,
     scores_of,
+    search_by_products,
     write_vectors,
 )
 
@@ -200,6 +201,7 @@ class Segment:
         # Of the rows that are visited, only a share is allowed: visit as many more.
         probe = min(len(self), -(-effort.probe * len(self) // max(1, left)))
         parameters = search_parameters(self.structure, probe, wanted, mask)
+        search_by_products()
         scores, found = self.structure.search(queries, max(1, wanted), params=parameters)
         found[(found < 0) | (found >= len(self))] = -1
         if not has_true_scores(self.structure):

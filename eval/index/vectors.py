@@ -20,6 +20,7 @@ from mmcontrast.config import ConfigError
 
 BLOCK_BYTES = 32 << 20
 _OFF_UNIT = 1e-5
+_PRODUCTS_FROM = 4096  # numbers in a batch of queries
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -117,6 +118,16 @@ def block_rows(dim: int) -> int:
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
+def search_by_products() -> None:
+    """Have FAISS compare batches of some queries by matrix products, lists' centres as well as vectors.
+
+    Its own setting waits for 128 000 numbers, which are 250 queries of 512 dimensions; batches of 10 to 100 took 3 to
+    13 times as long.
+    """
+    faiss: Any = import_module("faiss")  # its own stubs do not know the variable
+    faiss.cvar.distance_compute_blas_threshold = _PRODUCTS_FROM
+
+
 def nearest(queries: Floats, k: int, blocks: Iterable[tuple[Ints | int, Floats]]) -> tuple[Floats, Ints]:
     """Exact search: scores and numbers of the k vectors with the largest inner product, [q, k] each, best first.
 
@@ -125,6 +136,7 @@ def nearest(queries: Floats, k: int, blocks: Iterable[tuple[Ints | int, Floats]]
     """
     import faiss
 
+    search_by_products()
     heap = faiss.ResultHeap(len(queries), k, keep_max=True)
     for numbers, block in blocks:
         if len(block):
