@@ -97,7 +97,7 @@ def launch(folder: Path, ranks: int, *runs: str) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(250)
+        process.join(500)
         process.kill()
     for rank, process in enumerate(processes):
         assert process.exitcode == 0, (folder / f"rank-{rank}-of-{ranks}.log").read_text()[-5000:]
