@@ -15,6 +15,7 @@ from torch import Tensor
 from mmcontrast.config import ConfigError, suggest
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.classified import Classified, softmax
+from mmcontrast.eval.counting import BLOCK
 from mmcontrast.eval.embed import Embedded
 from mmcontrast.eval.labels import class_flags, class_numbers, labels_of, names_in, several
 from mmcontrast.eval.ranks import rank
@@ -55,8 +56,8 @@ class ZeroShot(EmbeddedTask):
         """Leave out samples whose list of classes is empty; otherwise they have none of the classes."""
         scale: float | None = None
         """Logit scale at which a softmax makes probabilities; the command takes the model's. None: no `ece`."""
-        block: int = 4096
-        """Samples that are scored at once: memory is 4 bytes for each of them and each class."""
+        block: int = BLOCK
+        """Samples that a core scores at once: 8 kB for each of them at most; changes no rank."""
 
     config: Config
 
