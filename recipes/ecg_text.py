@@ -4,10 +4,11 @@
     mmcontrast train ecg_text
 
 Only the free text of the reports is trained on; recordings of one patient are no negatives of each other. The twelve
-classes of PTB-XL's codes are then asked for by their descriptions. After 400 steps (4 minutes of processor time) .966
-[.948, .980] of 502 recordings of other patients are named right, chance .083; a linear probe of the same embeddings,
-trained with the labels of the training split, names .990. The recordings are simulated: this shows that everything
-fits together, and nothing about real ones, for which there is `ptbxl_text`.
+classes of PTB-XL's codes are then asked for by their descriptions. After 400 steps (4 minutes of processor time) .986
+[.976, .996] of 502 recordings of other patients are named right, chance .083; a linear probe of the same embeddings,
+trained with the labels of the training split, names .988 (`mmcontrast eval runs/ecg_text data/ecg --tasks zero_shot
+linear_probe --bootstrap-by patient`). The recordings are simulated: this shows that everything fits together, and
+nothing about real ones, for which there is `ptbxl_text`.
 """
 
 from __future__ import annotations
