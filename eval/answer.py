@@ -12,7 +12,8 @@ from typing import Any
 from mmcontrast.arguments import write_json
 from mmcontrast.checkpoint import find_checkpoint, read_config
 from mmcontrast.config import ConfigError, from_dict
-from mmcontrast.eval.embed import Embedded, EmbeddingCache, embed, has
+from mmcontrast.eval.embed import EmbeddingCache, embed, has
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
 from mmcontrast.eval.seen import seen, without

@@ -19,7 +19,7 @@ import numpy as np
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.classified import SHOWN
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.statistics import Floats, Statistic, mean, value
 from mmcontrast.eval.task import EmbeddedTask, groups_of

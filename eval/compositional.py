@@ -17,7 +17,7 @@ import torch
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.classified import SHOWN
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.statistics import mean
 from mmcontrast.eval.task import EmbeddedTask, fields_of, groups_of

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.statistics import Floats, Statistic, mean
 from mmcontrast.eval.trained import Posed, TrainedTask, unseen

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.shown import plane
 from mmcontrast.eval.statistics import mean

@@ -17,7 +17,8 @@ from torch import Tensor
 from mmcontrast.config import ConfigError
 from mmcontrast.data.compose import Compose
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.shown import gallery, items_of

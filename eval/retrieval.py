@@ -16,7 +16,7 @@ from torch import Tensor
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.counting import BLOCK
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.ranks import Ranks, rank_both_ways
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.shown import gallery, items_of, plane

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmcontrast.check.likeness import Marks, overlap
 from mmcontrast.config import ConfigError
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Result
 from mmcontrast.eval.sources import Files, Shards
 from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards

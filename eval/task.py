@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Result
 from mmcontrast.eval.together import sharing
 from mmcontrast.sharding import World

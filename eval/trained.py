@@ -20,7 +20,8 @@ from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.classified import Classified
 from mmcontrast.eval.curves import Curves
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.labels import class_flags, class_numbers, labels_of, names_in, several
 from mmcontrast.eval.models import Foreign
 from mmcontrast.eval.result import Result

@@ -16,7 +16,7 @@ from mmcontrast.config import ConfigError, suggest
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.classified import Classified, softmax
 from mmcontrast.eval.counting import BLOCK
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.labels import class_flags, class_numbers, labels_of, names_in, several
 from mmcontrast.eval.ranks import rank
 from mmcontrast.eval.result import Result

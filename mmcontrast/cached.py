@@ -79,7 +79,7 @@ def forward_backward(
         seed: with the first global row of a micro-batch, the seed of its randomness.
         step: the optimizer step, which decides the heads' weights.
         first_row: global row of this rank's first row.
-        keep: graphs of the first pass that are kept.
+        keep: graphs of the first pass that are kept; all of them, if every tower encodes the batch in one go.
         weights: of the model, which do not count as kept.
         cotangent_scale: factor on all gradients; the number of ranks where a wrapper averages over them.
         heads: name -> head of the model.
@@ -98,7 +98,9 @@ def forward_backward(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), no_sync():
         chunks: dict[str, list[Tensor]] = {m: [] for m in batch.rows}
-        kept = _Kept(keep, [*weights, *_tensors(batch)])
+        # Who encodes the whole batch in one go has the memory for it.
+        at_once = all(piece.start == 0 for piece in pieces)
+        kept = _Kept(Keep(len(pieces)) if at_once else keep, [*weights, *_tensors(batch)])
         for piece in pieces:
             if kept.tries:
                 encoded = kept.offered(lambda piece=piece: _encode(with_heads, piece, seed, first_row))

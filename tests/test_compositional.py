@@ -17,7 +17,7 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval.compositional import Compositional
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.layouts import open_data
 from tests import tiny
 from tests.embedded import embedded

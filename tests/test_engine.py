@@ -317,6 +317,7 @@ def _coupled(z: Any, present: Any) -> Result:
 
 ROW_BYTES = 8 * (32 + 32 + 32)
 SPLITS_OF_12: list[tuple[int | dict[str, int], Keep, int]] = [
+    (12, Keep(), 2),
     (5, Keep(), 1),
     (5, Keep(graphs=0), 1),
     (5, Keep(graphs=2), 2),

@@ -20,7 +20,8 @@ from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval import answer as answering
 from mmcontrast.eval.answer import Answer
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.models import load_asked
 from mmcontrast.eval.report import as_table
 from mmcontrast.eval.result import Items, Result

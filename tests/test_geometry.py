@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.geometry import Geometry
 from tests import tiny
 

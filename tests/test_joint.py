@@ -17,7 +17,8 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError, to_dict
 from mmcontrast.data import Stream
 from mmcontrast.encoders import BagOfWords, MelConvNet, MultiEncoder
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.joint import Joint
 from mmcontrast.objectives import Symile
 from mmcontrast.shard_writer import Sample, ShardWriter

@@ -15,7 +15,7 @@ from mmcontrast import load
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
-from mmcontrast.eval.embed import Embedded
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.zero_shot import ZeroShot
 from mmcontrast.shard_writer import Sample
 from tests import tiny

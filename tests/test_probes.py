@@ -19,7 +19,8 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval.curves import Curves
-from mmcontrast.eval.embed import Embedded, embed
+from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.knn import KNN
 from mmcontrast.eval.linear_probe import LinearProbe
 from mmcontrast.eval.statistics import resampled, value

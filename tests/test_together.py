@@ -19,7 +19,8 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError, RunError
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval import embed as embedding
-from mmcontrast.eval.embed import Embedded, EmbeddingCache, embed
+from mmcontrast.eval.embed import EmbeddingCache, embed
+from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.models import load_asked
 from mmcontrast.eval.ranks import rank_both_ways
 from mmcontrast.eval.retrieval import Retrieval

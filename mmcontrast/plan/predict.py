@@ -99,7 +99,7 @@ def predict(config: Trainer.Config, model: Model, machine: Machine, *, states: i
         raise ConfigError(f"global_batch {config.global_batch} must be a multiple of gpus ({machine.gpus})")
     n = config.global_batch // machine.gpus
     pieces = _pieces(config, model, n)
-    kept = pieces[: max(1, config.keep_graphs)]
+    kept = pieces[: _kept(config, pieces, n)]
     again = {t.name: _is_recomputed(config, t) for t in model.towers}
     notes: list[str] = []
     half = config.precision == "bf16"
@@ -114,7 +114,7 @@ def predict(config: Trainer.Config, model: Model, machine: Machine, *, states: i
     link = machine.device.link if machine.gpus <= machine.per_node else min(machine.network, machine.device.link)
     memory = _weights(config, model, machine.gpus, states)
     memory |= {
-        "graphs": _graphs(config, pieces, again),
+        "graphs": _graphs(config, pieces, len(kept), again),
         "inputs": float(n * sum(t.input_bytes for t in model.towers)),
         "embeddings": _embeddings(config, model, n),
         "scores": _scores(config, n),
@@ -153,10 +153,14 @@ def _pieces(config: Trainer.Config, model: Model, n: int) -> list[_Piece]:
     return found
 
 
-def _graphs(config: Trainer.Config, pieces: Sequence[_Piece], again: Mapping[str, bool]) -> float:
+def _kept(config: Trainer.Config, pieces: Sequence[_Piece], n: int) -> int:
+    """Graphs that need no second forward: all, where every tower encodes the batch in one go."""
+    return len(pieces) if all(piece.rows == n for piece in pieces) else max(1, config.keep_graphs)
+
+
+def _graphs(config: Trainer.Config, pieces: Sequence[_Piece], count: int, again: Mapping[str, bool]) -> float:
     """Bytes of the graphs that are held at a time, and of the backward through one block."""
     sizes = [sum(p.rows * _cost(t, again[t.name]).kept + t.fixed for t in p.towers) for p in pieces]
-    count = max(1, config.keep_graphs)
     further = min(float(config.keep_graph_bytes), sum(sizes[count:]))
     blocks = [p.rows * t.block * (2 if again[t.name] else 1) for p in pieces for t in p.towers]
     return max(max(sizes), sum(sizes[:count]) + further) + max(blocks)
@@ -204,7 +208,7 @@ def _sent(config: Trainer.Config, model: Model, ranks: int, n: int, pieces: Sequ
     for t in model.towers:
         if not t.frozen:
             count = sum(t in p.towers for p in pieces)
-            kept = sum(t in p.towers for p in pieces[: max(1, config.keep_graphs)])
+            kept = sum(t in p.towers for p in pieces[: _kept(config, pieces, n)])
             # Two forwards, one of a kept graph, and a backward; and those of the dummy row in the step's last backward.
             rounds = 3 * count - kept + (0 if t in pieces[-1].towers else 2)
             weights += _gathered(config, t) * (rounds if config.reshard else 1)
