@@ -23,6 +23,13 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return {name: map_tensors(item, function) for name, item in cast(Mapping[str, Any], value).items()}
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of an encoder's inputs, or of those of several."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda t: found.append(t) or t)
+    return found
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one rank and one step.

@@ -5,9 +5,9 @@ collectives and all of the loss's own randomness, once, (3) encode each micro-ba
 gradient through the encoders. The first micro-batches keep their graphs from (1), as many as memory is given for, and
 need no second forward.
 
-Randomness of the encoders (dropout, patch dropout) is a function of (seed, step, first row): each micro-batch is
-seeded before each tower encodes it, so the second forward repeats the first, a resumed run repeats the uninterrupted
-one, and nothing has to be saved. Other micro-batches draw other masks.
+Randomness of the encoders (dropout, patch dropout) is a function of seed, step, first row and, where towers are encoded
+apart, the tower: each micro-batch is seeded before it is encoded, so the second forward repeats the first, a resumed
+run repeats the uninterrupted one, and nothing has to be saved. Other micro-batches draw other masks.
 
 Heads (`mmcontrast.heads`) need tokens but no other sample. They run in the forwards that keep a graph, so once per
 sample; the first pass leaves them out, and tokens live no longer than their micro-batch's graph.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.batch import Batch, MicroBatch, map_tensors
+from mmcontrast.batch import Batch, MicroBatch, tensors_in
 from mmcontrast.heads.base import Head
 from mmcontrast.randomness import fold_seed
 from mmcontrast.sharding import Result, World
@@ -98,9 +98,8 @@ def forward_backward(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), no_sync():
         chunks: dict[str, list[Tensor]] = {m: [] for m in batch.rows}
-        # Who encodes the whole batch in one go has the memory for it.
-        at_once = all(piece.start == 0 for piece in pieces)
-        kept = _Kept(Keep(len(pieces)) if at_once else keep, [*weights, *_tensors(batch)])
+        least = least_kept([piece.start for piece in pieces], keep.graphs)
+        kept = _Kept(least, keep.bytes, [*weights, *tensors_in(batch.inputs)])
         for piece in pieces:
             if kept.tries:
                 encoded = kept.offered(lambda piece=piece: _encode(with_heads, piece, seed, first_row))
@@ -160,14 +159,22 @@ def pieces_of(
     return [*pieces[:-1], replace(pieces[-1], towers=(*own, *(m for m in batch.rows if m not in own)))]
 
 
-class _Kept:
-    """The graphs of the first pass that the second need not make again, as many as `Keep` allows."""
+def least_kept(starts: Sequence[int], graphs: int) -> int:
+    """Graphs that are kept whatever their bytes, of pieces with these first rows, where `graphs` are asked for.
 
-    def __init__(self, keep: Keep, there: Iterable[Tensor]) -> None:
+    One, since the graph at work takes its memory in any case; all, where every tower encodes the batch in one go: who
+    does so has the memory for it.
+    """
+    return max(1, graphs) if any(starts) else len(starts)
+
+
+class _Kept:
+    """The graphs of the first pass that the second need not make again: at least some, and more while they fit."""
+
+    def __init__(self, least: int, budget: int, there: Iterable[Tensor]) -> None:
         self.graphs: deque[Mapping[str, Tensor]] = deque()  # left one by one, so that each is let go of once used
-        self._least = max(1, keep.graphs)  # the graph at work takes its memory in any case
-        self._left = keep.bytes
-        self._saved = _Saved(there) if keep.bytes else None
+        self._least, self._left = least, budget
+        self._saved = _Saved(there) if budget else None
 
     @property
     def tries(self) -> bool:
@@ -208,13 +215,6 @@ class _Saved:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return t
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    found: list[Tensor] = []
-    for x in batch.inputs.values():
-        map_tensors(x, lambda t: found.append(t) or t)
-    return found
 
 
 def _sum_over_ranks(values: Mapping[str, Tensor], world: World | None) -> dict[str, Tensor]:

@@ -55,6 +55,17 @@ def check_launch(found: int, environment: Mapping[str, str], *, launcher: Sequen
         print(f"mmcontrast: one process uses one of {gpus} GPUs; all of them: {words}", file=sys.stderr)
 
 
+def launcher() -> list[str]:
+    """The command line of the process that has started this one; empty where that cannot be known."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        return [] if parent is None else parent.cmdline()
+    except psutil.Error:
+        return []
+
+
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
     """Tasks of the srun that this process belongs to; 1 in a batch script itself, which is a single process."""
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:

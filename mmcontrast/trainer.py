@@ -38,7 +38,7 @@ from mmcontrast.health.measure import gradient_norms, measure
 from mmcontrast.health.pulse import Pulse
 from mmcontrast.health.rules import Health
 from mmcontrast.interrupts import Interrupted, Interrupts
-from mmcontrast.launch import check_launch
+from mmcontrast.launch import check_launch, launcher
 from mmcontrast.not_finite import describe, write
 from mmcontrast.objectives.base import Objective
 from mmcontrast.optim import (
@@ -109,7 +109,8 @@ class Trainer(Configurable):
         tower_micro_batch: dict[str, int] = field(default_factory=dict[str, int])
         """Modality -> the same for its tower, where it differs: a small text tower takes more at once."""
         keep_graphs: int = 1
-        """Graphs, of one micro-batch in one tower each, that are kept and not made anew; changes no gradient."""
+        """Graphs, of one micro-batch in one tower each, that are kept and not made anew (all, if each tower has only
+        one); changes no gradient."""
         keep_graph_bytes: int = 0
         """Further ones keep theirs as long as they fit into this, beside the one at work; changes no gradient."""
         block: int | None = 1024
@@ -172,7 +173,7 @@ class Trainer(Configurable):
             project_dir=str(config.out),
         )
         check_launch(
-            self.accelerator.num_processes, os.environ, launcher=_launcher(), gpus=torch.accelerator.device_count()
+            self.accelerator.num_processes, os.environ, launcher=launcher(), gpus=torch.accelerator.device_count()
         )
         self.world = World()
         self.device = self.accelerator.device
@@ -215,7 +216,7 @@ class Trainer(Configurable):
 
     def _lay_out(self, optimizer: Optimizer) -> Layout:
         """Choose how towers run, and put the weights where they will be; one process has nothing to share."""
-        towers = {m: self.model.encoder(m) for m in self.model.modalities}
+        towers = dict(self.model.encoders.items())  # each once, also one that several modalities share
         if self.config.compile:
             compile_blocks(towers, self.config.compile_mode)
         recompute(towers, self.config.checkpoint_activations)
@@ -516,17 +517,6 @@ class Trainer(Configurable):
         tally, sizes = self.tallied(), {s.name: s.order.per_epoch for s in self.stream.sources}
         tally.check(step * self.config.global_batch, self.config.data.max_bad_fraction)
         return tally.values(self.stream.seen(step), sizes)
-
-
-def _launcher() -> list[str]:
-    """The command line of the process that has started this one."""
-    import psutil
-
-    try:
-        parent = psutil.Process().parent()
-        return [] if parent is None else parent.cmdline()
-    except psutil.Error:
-        return []
 
 
 def _check(config: Trainer.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,8 +18,9 @@ from mmcontrast.check.grads import check_grads
 from mmcontrast.config import ConfigError, from_dict, to_dict
 from mmcontrast.data import NearInTime, Stream
 from mmcontrast.data.reader import Reader
-from mmcontrast.encoders import MultiEncoder, SignalResNet
+from mmcontrast.encoders import MultiEncoder, SignalResNet, SignalTransformer
 from mmcontrast.encoders.base import Transform
+from mmcontrast.encoders.depth import blocks
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.shard_writer import Sample, ShardWriter
 from mmcontrast.shards import open_shards
@@ -150,6 +152,21 @@ def test_one_tower_takes_both_and_its_gradient_is_that_of_both(tmp_path: Path) -
     assert all(moved.values())
     x = (np.arange(60, dtype=np.float32) % 7, RATE)
     assert torch.equal(trainer.model.encode("ecg", [x]), trainer.model.encode("later", [x]))
+
+
+def test_blocks_of_a_shared_tower_are_wrapped_once(tmp_path: Path) -> None:
+    """Not once for each modality that goes through it, which would recompute what is recomputed."""
+    with ShardWriter(tmp_path / "noise") as writer:
+        for number in range(8):
+            writer.write(Sample(f"{number}", {"npy": npy(np.arange(300) % (number + 2)), "json": {"rate": RATE}}))
+    config = recipe(tmp_path / "noise")
+    tower = SignalTransformer.Config(channels=("0",), rate=RATE, seconds=4.0, patch=10, width=8, layers=1, heads=2)
+    config.model.encoders, config.checkpoint_activations = {"ecg": tower}, ("all",)
+    trainer: Trainer = config.build()
+    (block,) = blocks(trainer.model.encoder("ecg"))
+    wrapper: Any = block.forward
+    assert isinstance(wrapper, partial) and not isinstance(wrapper.args[0], partial)
+    assert wrapper.args[0].__func__ is type(block).forward
 
 
 @pytest.mark.parametrize(

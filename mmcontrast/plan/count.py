@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.batch import map_tensors
+from mmcontrast.batch import map_tensors, tensors_in
 from mmcontrast.encoders.base import Encoder
 from mmcontrast.encoders.depth import blocks
 from mmcontrast.encoders.multi import MultiEncoder
@@ -160,8 +160,8 @@ def _tower(model: MultiEncoder, modality: str, half: bool, fake: Any) -> Tower:
         recomputed=recomputed,
         block=block,
         fixed=fixed,
-        input_bytes=sum(t.numel() * t.element_size() for t in _tensors(example)),
-        tokens=max((t.shape[1] for t in _tensors(example) if t.ndim == 2 and encoder.kind == "text"), default=0),
+        input_bytes=sum(t.numel() * t.element_size() for t in tensors_in(example)),
+        tokens=max((t.shape[1] for t in tensors_in(example) if t.ndim == 2 and encoder.kind == "text"), default=0),
     )
 
 
@@ -186,7 +186,7 @@ def _per_row(run: Callable[[Any], Tensor], example: Any, weights: list[nn.Parame
 
 
 def _bytes(run: Callable[[Any], Tensor], x: Any, weights: list[nn.Parameter], fake: Any) -> float:
-    there = [*weights, *_tensors(x)]
+    there = [*weights, *tensors_in(x)]
     there += [cast(Tensor, fake.from_tensor(t)) for t in there] if fake is not None else []
     with _kept(there) as kept:
         run(x)
@@ -233,9 +233,3 @@ def _storage(t: Tensor) -> int:
 
 def _repeat(x: Any, rows: int) -> Any:
     return map_tensors(x, lambda t: t.repeat(rows, *(1,) * (t.ndim - 1)))
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(x, lambda t: found.append(t) or t)
-    return found

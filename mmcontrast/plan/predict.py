@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mmcontrast.batch import Batch
-from mmcontrast.cached import pieces_of
+from mmcontrast.cached import least_kept, pieces_of
 from mmcontrast.config import ConfigError
 from mmcontrast.plan.accelerators import Accelerator
 from mmcontrast.plan.count import Cost, Model, Tower
@@ -99,7 +99,7 @@ def predict(config: Trainer.Config, model: Model, machine: Machine, *, states: i
         raise ConfigError(f"global_batch {config.global_batch} must be a multiple of gpus ({machine.gpus})")
     n = config.global_batch // machine.gpus
     pieces = _pieces(config, model, n)
-    kept = pieces[: _kept(config, pieces, n)]
+    kept = pieces[: _kept(config, pieces)]
     again = {t.name: _is_recomputed(config, t) for t in model.towers}
     notes: list[str] = []
     half = config.precision == "bf16"
@@ -139,6 +139,7 @@ class _Piece:
     """A micro-batch of one tower, or of towers that a head reads together."""
 
     towers: tuple[Tower, ...]
+    start: int
     rows: int
 
 
@@ -149,13 +150,13 @@ def _pieces(config: Trainer.Config, model: Model, n: int) -> list[_Piece]:
     found: list[_Piece] = []
     for piece in pieces_of(replace(batch, inputs=batch.rows), sizes, model.joined):
         own = [t for t in model.towers if t.name in piece.rows]
-        found.append(_Piece(tuple(own), max(len(rows) for rows in piece.rows.values())))
+        found.append(_Piece(tuple(own), piece.start, max(len(rows) for rows in piece.rows.values())))
     return found
 
 
-def _kept(config: Trainer.Config, pieces: Sequence[_Piece], n: int) -> int:
-    """Graphs that need no second forward: all, where every tower encodes the batch in one go."""
-    return len(pieces) if all(piece.rows == n for piece in pieces) else max(1, config.keep_graphs)
+def _kept(config: Trainer.Config, pieces: Sequence[_Piece]) -> int:
+    """Graphs that need no second forward, whatever the budget."""
+    return least_kept([piece.start for piece in pieces], config.keep_graphs)
 
 
 def _graphs(config: Trainer.Config, pieces: Sequence[_Piece], count: int, again: Mapping[str, bool]) -> float:
@@ -208,7 +209,7 @@ def _sent(config: Trainer.Config, model: Model, ranks: int, n: int, pieces: Sequ
     for t in model.towers:
         if not t.frozen:
             count = sum(t in p.towers for p in pieces)
-            kept = sum(t in p.towers for p in pieces[: _kept(config, pieces, n)])
+            kept = sum(t in p.towers for p in pieces[: _kept(config, pieces)])
             # Two forwards, one of a kept graph, and a backward; and those of the dummy row in the step's last backward.
             rounds = 3 * count - kept + (0 if t in pieces[-1].towers else 2)
             weights += _gathered(config, t) * (rounds if config.reshard else 1)
