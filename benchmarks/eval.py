@@ -22,19 +22,14 @@ Ratios are ours / the peer's, medians of same-round ratios, where the name says 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks import eval_arms as arms
-from benchmarks.harness import Goal, Report, Work, alternate, median_ratio, peak, say, tell
+from benchmarks.harness import Goal, Report, Work, alternate, command, measured, median_ratio, peak, require, say, tell
 from mmcontrast.eval.counting import BLOCK
 from mmcontrast.eval.models import load_asked
 
@@ -197,22 +192,14 @@ GOALS = (
 
 def run(plan: Plan, sections: Mapping[str, Callable[[Plan, Report], None]] = SECTIONS) -> Report:
     """Measure the sections in order."""
-    torch.set_num_threads(plan.threads)
-    report = Report()
-    for section in sections.values():
-        section(plan, report)
-    return report
+    return measured(plan, sections.values())
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.eval", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under three minutes: N = 10,000, 100 classes")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write arms and ratios here")
+    parser = command("eval", __doc__, quick="under three minutes: N = 10,000, 100 classes", only=SECTIONS)
     asked = parser.parse_args()
-    if importlib.util.find_spec("clip_benchmark") is None:
-        sys.exit("the peers are not installed; run: pip install 'mmcontrast[benchmarks]'")
+    require("clip_benchmark")
     report = run(QUICK if asked.quick else Plan(), {name: SECTIONS[name] for name in asked.only or SECTIONS})
     tell(report, GOALS, asked.json, selection="sizes and sections")
 

@@ -7,6 +7,7 @@ the ratios within rounds. An arm is a function that makes its inputs and returns
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import platform
@@ -16,7 +17,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -210,6 +212,40 @@ class Report:
         """Everything as one JSON object, with the machine that it was measured on."""
         found = {"arms": self.arms, "ratios": self.ratios, "left_out": self.left_out, "machine": machine()}
         path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def command(name: str, about: str | None, *, quick: str, only: Iterable[str], none: bool = False) -> ArgumentParser:
+    """The settings that every benchmark has: --quick, --only and --json.
+
+    Args:
+        name: of the module.
+        about: its docstring.
+        quick: what --quick means.
+        only: what --only can name.
+        none: whether it may name nothing.
+    """
+    parser = ArgumentParser(prog=f"python -m benchmarks.{name}", description=(about or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--only", nargs="*" if none else "+", choices=list(only), help="these alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write arms and ratios here")
+    return parser
+
+
+def require(*modules: str) -> None:
+    """End the process where a peer is not installed."""
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        sys.exit(f"{', '.join(missing)} is not installed; run: pip install 'mmcontrast[benchmarks]'")
+
+
+def measured(plan: Any, sections: Iterable[Callable[[Any, Report], None]]) -> Report:
+    """What sections find, in order, with the plan's threads."""
+    import torch
+
+    torch.set_num_threads(plan.threads)
+    report = Report()
+    for section in sections:
+        section(plan, report)
+    return report
 
 
 def tell(report: Report, goals: Sequence[Goal], file: Path | None, *, selection: str = "sections") -> None:

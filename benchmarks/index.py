@@ -22,7 +22,6 @@ measured here.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import index_arms as arms
-from benchmarks.harness import Goal, Report, Work, alternate, in_processes, median_ratio, say, tell
+from benchmarks.harness import Goal, Report, Work, alternate, command, in_processes, median_ratio, say, tell
 from benchmarks.index_arms import Building, Data
 from mmcontrast.charts import Line, line_drawing
 from mmcontrast.eval.index.build import Asked
@@ -244,10 +243,7 @@ def chart(report: Report, plan: Plan) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.index", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="100 000 vectors")
-    parser.add_argument("--only", nargs="*", choices=list(PEERS), help="these structures of autofaiss beside ours")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write arms and ratios here")
+    parser = command("index", __doc__, quick="100 000 vectors", only=PEERS, none=True)
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw rates against what is missed here")
     asked = parser.parse_args()
     plan = QUICK if asked.quick else Plan()

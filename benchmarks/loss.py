@@ -23,10 +23,7 @@ Letters: N rows of the global batch, n rows per rank, d dimensions.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,10 +41,13 @@ from benchmarks.harness import (
     Report,
     Work,
     alternate,
+    command,
     in_processes,
+    measured,
     median_ratio,
     peak,
     peak_here,
+    require,
     say,
     tell,
 )
@@ -338,23 +338,15 @@ def chart(report: Report, plan: Plan) -> str:
 
 def run(plan: Plan, sections: Mapping[str, Callable[[Plan, Report], None]] = SECTIONS) -> Report:
     """Measure the sections in order."""
-    torch.set_num_threads(plan.threads)
-    report = Report()
-    for section in sections.values():
-        section(plan, report)
-    return report
+    return measured(plan, sections.values())
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under two minutes: N up to 4096")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write arms and ratios here")
+    parser = command("loss", __doc__, quick="under two minutes: N up to 4096", only=SECTIONS)
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw seconds against N here")
     asked = parser.parse_args()
-    if importlib.util.find_spec("symile") is None:
-        sys.exit("the peers are not installed; run: pip install 'mmcontrast[benchmarks]'")
+    require("symile")
     plan = QUICK if asked.quick else Plan()
     report = run(plan, {name: SECTIONS[name] for name in asked.only or SECTIONS})
     if asked.chart:

@@ -27,18 +27,26 @@ Memory is resident, from the kernel, in fresh processes, above the process with 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-
-import torch
 
 from benchmarks import step_arms as arms
-from benchmarks.harness import Goal, Peak, Report, Seconds, Work, alternate, median_ratio, peak, say, tell
+from benchmarks.harness import (
+    Goal,
+    Peak,
+    Report,
+    Seconds,
+    Work,
+    alternate,
+    command,
+    measured,
+    median_ratio,
+    peak,
+    require,
+    say,
+    tell,
+)
 from benchmarks.step_arms import SMALL, TINY, Towers
 from mmcontrast.cached import Keep
 
@@ -213,22 +221,14 @@ GOALS = (
 
 def run(plan: Plan, sections: Mapping[str, Section] = SECTIONS) -> Report:
     """Measure the sections in order."""
-    torch.set_num_threads(plan.threads)
-    report = Report()
-    for section in sections.values():
-        section(plan, report)
-    return report
+    return measured(plan, sections.values())
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under four minutes: fewer rounds and sizes")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write arms and ratios here")
+    parser = command("step", __doc__, quick="under four minutes: fewer rounds and sizes", only=SECTIONS)
     asked = parser.parse_args()
-    if importlib.util.find_spec("gradcache") is None:
-        sys.exit("a peer is not installed; run: pip install 'mmcontrast[benchmarks]'")
+    require("gradcache")
     report = run(QUICK if asked.quick else Plan(), {name: SECTIONS[name] for name in asked.only or SECTIONS})
     tell(report, GOALS, asked.json)
 

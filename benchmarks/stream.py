@@ -28,11 +28,8 @@ The data are described in `stream_data`. Two cores; fewer make the figures with 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import io
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +42,7 @@ from torch import Tensor
 from benchmarks import stream_arms as arms
 from benchmarks import stream_data
 from benchmarks.counters import resident_mb
-from benchmarks.harness import Goal, Report, Work, alternate, in_processes, median_ratio, say, tell
+from benchmarks.harness import Goal, Report, Work, alternate, command, in_processes, median_ratio, require, say, tell
 from benchmarks.stream_data import SIZES, SOUND_RATE
 from mmcontrast.decode import Box, audio, picture
 from mmcontrast.encoders.image import random_box
@@ -331,13 +328,10 @@ def run(plan: Plan, sections: Mapping[str, Section] = SECTIONS) -> Report:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="under two minutes: fewer pictures and rounds")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write arms and ratios here")
+    quick = "under two minutes: fewer pictures and rounds"
+    parser = command("stream", __doc__, quick=quick, only=SECTIONS)
     asked = parser.parse_args()
-    if importlib.util.find_spec("skimage") is None or importlib.util.find_spec("pandas") is None:
-        sys.exit("photographs or peers are not installed; run: pip install 'mmcontrast[benchmarks]'")
+    require("skimage", "pandas")
     report = run(QUICK if asked.quick else Plan(), {name: SECTIONS[name] for name in asked.only or SECTIONS})
     tell(report, GOALS, asked.json)
 

@@ -28,7 +28,8 @@ from mmcontrast.shards import FORMATS, BadSample, open_shards
 
 _QUERIES = 1000
 _EXACT_WORK = 2e12  # multiplications and additions that the exact answers may take
-_SKIPPED_KEPT = 1000
+SKIPPED_KEPT = 1000
+"""Skipped samples that a manifest names."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def build_index(
             "model": origin.place,
             "joint": origin.joint,
             "sources": [intake.entry],
-            "skipped": [list(s) for s in skipped[:_SKIPPED_KEPT]],
+            "skipped": [list(s) for s in skipped[:SKIPPED_KEPT]],
             "skipped_count": len(skipped),
         }
         manifest = write_base(update, parts, about, asked, held_out, progress=progress)

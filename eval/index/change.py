@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmcontrast.config import ConfigError, suggest
-from mmcontrast.eval.index.build import Asked, Queries, stored_queries, write_base
+from mmcontrast.eval.index.build import SKIPPED_KEPT, Asked, Queries, stored_queries, write_base
 from mmcontrast.eval.index.identity import check_same, identity_of, libraries, open_model
 from mmcontrast.eval.index.intake import Encoding, Intake
 from mmcontrast.eval.index.segment import FLAT, Part, Segment, entry_of, write_deleted, write_parts
@@ -26,7 +26,6 @@ from mmcontrast.eval.index.vectors import Ints
 MERGED_BELOW = 10_000
 """A last segment without structure that has fewer rows is written again with those that are added, so that many small
 additions do not become many segments."""
-_SKIPPED_KEPT = 1000
 
 
 def add(
@@ -86,7 +85,7 @@ def add(
             {
                 **old,
                 "sources": [*old["sources"], intake.entry],
-                "skipped": [*old["skipped"], *(list(s) for s in skipped)][:_SKIPPED_KEPT],
+                "skipped": [*old["skipped"], *(list(s) for s in skipped)][:SKIPPED_KEPT],
                 "skipped_count": old.get("skipped_count", 0) + len(skipped),
                 "libraries": libraries(),
             },
@@ -195,7 +194,7 @@ def merge(folders: Sequence[Path], out: Path, *, asked: Asked | None = None, pro
     about = {
         **first,
         "sources": sources,
-        "skipped": [s for m in manifests for s in m["skipped"]][:_SKIPPED_KEPT],
+        "skipped": [s for m in manifests for s in m["skipped"]][:SKIPPED_KEPT],
         "skipped_count": sum(m.get("skipped_count", 0) for m in manifests),
     }
     with Update(out, create=True) as update:
