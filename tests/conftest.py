@@ -1,4 +1,4 @@
-"""A pool of four gloo processes, started once per session, on which tests run functions for real."""
+"""What several files of tests start: four gloo processes, once per session; a server of shards, and their cache."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from mmcontrast.shard_cache import Cache
+    from tests.web import Site
 
 # Nothing above loads torch. In this process and in all that tests start: the work is tiny, and sums in one order are
 # equal bit for bit.
@@ -77,3 +81,20 @@ def gloo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlooPool]:
     pool = GlooPool(tmp_path_factory.mktemp("gloo"))
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A server of shards on this machine, that misbehaves as it is told."""
+    from tests.web import serving
+
+    with serving(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """An empty cache of remote shards, which is the environment's too."""
+    from tests.web import empty_cache
+
+    return empty_cache(tmp_path, monkeypatch)

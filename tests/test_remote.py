@@ -29,28 +29,14 @@ from tests.web import (
     QUICK,
     Site,
     cut,
-    empty_cache,
     everything,
     instead,
     keys_of,
     late,
-    serving,
     status,
     times,
     written,
 )
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    with serving(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    return empty_cache(tmp_path, monkeypatch)
-
 
 # -------------------------------------------------------------------------------------------- the same as the local set
 

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,12 @@ from tests.web import (
     Length,
     Site,
     cut,
-    empty_cache,
     everything,
     late,
-    serving,
     status,
     times,
     written,
 )
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    with serving(monkeypatch) as found:
-        yield found
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    return empty_cache(tmp_path, monkeypatch)
 
 
 def test_data_sets_of_one_base_name_do_not_mix(tmp_path: Path, site: Site, cache: Cache) -> None:
