@@ -159,10 +159,11 @@ def naive(n: int, towers: Towers) -> Gradients:
     return full_batch(n, towers, n)
 
 
-def floor(n: int, towers: Towers, micro_batch: int, *, forwards: int) -> Gradients:
-    """Forward and backward of every micro-batch without any loss; with 4 forwards' worth, one without graph before.
+def floor(n: int, towers: Towers, micro_batch: int, *, kept: int) -> Gradients:
+    """Forward and backward of every micro-batch of each tower, without any loss; all but `kept` have a forward before.
 
-    A backward is worth two forwards, so 3 is the least that any exact step can take and 4 what a gradient cache takes.
+    That is what a gradient cache cannot do without. A backward is worth two forwards, so with none kept it is four,
+    and with all of them three, the least that any exact step can take.
     """
     clip: Any = model(towers)
     data = inputs(n, towers)
@@ -170,13 +171,14 @@ def floor(n: int, towers: Towers, micro_batch: int, *, forwards: int) -> Gradien
 
     def work() -> Mapping[str, Tensor]:
         clip.zero_grad(set_to_none=True)
+        left = kept
         for modality, x in data.items():
-            encode = _encoder(clip, modality)
-            if forwards == 4:
-                with torch.no_grad():
-                    for piece in x.split(micro_batch):
-                        encode(piece)
-            for piece in x.split(micro_batch):
+            encode, pieces = _encoder(clip, modality), x.split(micro_batch)
+            with torch.no_grad():
+                for piece in pieces[left:]:
+                    encode(piece)
+            left = max(0, left - len(pieces))
+            for piece in pieces:
                 z = encode(piece)
                 torch.autograd.backward([z], [cotangent[: len(z)]])
         return _gradients(clip)

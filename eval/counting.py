@@ -4,10 +4,12 @@ Scores are compared in float32; what lies too close to tell there is compared ag
 rounding it is a tie. So no count depends on the block, on the order of the candidates, or on how a machine adds up its
 products.
 
-A tile of scores is one matrix product. It is compared strip by strip, since a strip stays in the cache of a core, in
-memory that is used again, since fresh pages would cost more than the comparisons.
+A tile of scores is one matrix product, in memory that is used again, since fresh pages would cost more than what is
+done with them. Of every few candidates of a query the best score is taken; most do not reach the query's right ones,
+and only the others are looked through.
 
-Letters: n queries, m candidates, D dimensions, K right candidates looked at; a tile has R rows and W columns.
+Letters: n queries, m candidates, D dimensions, K right candidates looked at; a tile has R rows and W columns, and a
+group G candidates of one query in it.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ R = TypeVar("R")
 BLOCK = 512
 """Rows of a tile: with its columns 4 MB of scores."""
 _WIDTH = 2048
-_STRIP = 64  # rows: with two more of its size 1.5 MB, a core's cache
-_GROUP = 64  # scores that are looked through at once for those that are too close to tell
+_GROUP = 64  # G, or what divides a narrower tile
+_GROUPS = 1 << 11  # that are looked through at once: with two copies 1.5 MB, a core's cache
 _NUMBERS = 1 << 15  # of each side of the pairs that are scored in float64 at once: 256 kB
 _PAIRS = 1 << 12  # that a thread takes at once
+_ROWS = 64  # that are scored in float64 at once
 _LARGE = 32  # right candidates from which a matrix product is faster than pair by pair
 
 
@@ -143,48 +146,34 @@ class _Side:
     """One direction on one tile; its queries are the rows (`dim` 1), or the columns (0).
 
     Attributes:
-        counted: [K', q] float32, candidates that are surely before; whole numbers, far below 2^24.
-        marks: [K', R, W / G] float32, of every G scores of a row, how many are too close to tell.
+        groups: [R, W / G, G], or [R / G, G, W].
+        best: [R, W / G], or [R / G, W].
     """
 
-    def __init__(self, direction: Direction, dim: int, queries: slice, candidates: slice, tile: Tensor) -> None:
-        self.direction, self.dim, self.queries, self.first_candidate = direction, dim, queries, candidates.start
-        self.group = math.gcd(tile.shape[1], _GROUP)
-        depth = direction.depth(queries)
-        self.high, self.low = (t[:depth, queries] for t in (direction.high, direction.low))
-        self.counted = tile.new_zeros(depth, tile.shape[1 - dim])
-        self.marks = tile.new_empty(depth, len(tile), tile.shape[1] // self.group)
+    def __init__(self, direction: Direction, dim: int, queries: slice, first_candidate: int, tile: Tensor) -> None:
+        self.direction, self.dim, self.queries, self.first_candidate = direction, dim, queries, first_candidate
+        self.size = math.gcd(tile.shape[dim], _GROUP)
+        self.groups = tile.unflatten(dim, (-1, self.size))
+        self.best = self.groups.amax(dim + 1)
 
-    def compare(self, strip: Tensor, rows: slice, above: Tensor, close: Tensor) -> None:
-        """Compare some rows of the tile in float32, right candidates at -inf."""
-        for high, low, counted, marks in zip(self.high, self.low, self.counted, self.marks, strict=True):
-            if self.dim == 1:
-                high, low, counted = high[rows, None], low[rows, None], counted[rows]
-            # Comparisons written as floats: torch makes those and adds them up six times as fast as booleans.
-            torch.gt(strip, high, out=above)
-            torch.ge(strip, low, out=close).sub_(above)
-            counted += above.sum(self.dim)
-            torch.sum(close.view(len(strip), -1, self.group), 2, out=marks[rows])
-
-    def settle(self, tile: Tensor, pairs: Pairs) -> Tensor:
-        """[q, K']: candidates that stand before, with those that were too close to tell."""
-        found = self.counted.long()
-        groups, per_row = tile.view(-1, self.group), self.marks.shape[2]
-        for k, marks in enumerate(self.marks):
-            marked = marks.view(-1).nonzero()[:, 0]
-            row, part = marked // per_row, marked % per_row
-            high, low = (
-                t[row, None] if self.dim == 1 else t.reshape(-1, self.group).index_select(0, part)
-                for t in (self.high[k], self.low[k])
-            )
-            scores = groups.index_select(0, marked)
-            at, within = ((scores >= low) & (scores <= high)).nonzero().unbind(1)
-            places = part[at] * self.group + within, row[at]
-            query, candidate = places[self.dim], places[1 - self.dim] + self.first_candidate
-            i = query + self.queries.start
-            exact = pairs(i, candidate) if self.dim == 1 else pairs(candidate, i)
-            stands_before = exact >= self.direction.right[i, k] - self.direction.slack[i]
-            found[k].index_add_(0, query, stands_before.long())
+    def before(self, pairs: Pairs) -> Tensor:
+        """[q, K']: candidates that stand before, right ones being at -inf."""
+        depth = self.direction.depth(self.queries)
+        highs, lows = (t[:depth, self.queries] for t in (self.direction.high, self.direction.low))
+        found = torch.zeros(lows.shape, dtype=torch.int64, device=lows.device)
+        for k, (high, low) in enumerate(zip(highs, lows, strict=True)):
+            below = self.best < (low[:, None] if self.dim == 1 else low)
+            for marked in (~below).nonzero().split(_GROUPS):  # so also where a score overflowed
+                query, group = marked.unbind(1)[:: 1 if self.dim == 1 else -1]
+                scores = self.groups[query, group] if self.dim == 1 else self.groups[group, :, query]
+                above, reached = scores > high[query, None], scores >= low[query, None]
+                found[k].index_add_(0, query, above.sum(1))
+                at, within = (reached & ~above).nonzero().unbind(1)
+                i = query[at] + self.queries.start
+                j = group[at] * self.size + within + self.first_candidate
+                exact = pairs(i, j) if self.dim == 1 else pairs(j, i)
+                stands_before = exact >= self.direction.right[i, k] - self.direction.slack[i]
+                found[k].index_add_(0, query[at], stands_before.long())
         return found.T
 
 
@@ -194,9 +183,9 @@ class _Counting:
     def __init__(self, forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
         self.directions = [forward] if backward is None else [forward, backward]
         self.right, self.pairs = right, Pairs(forward.queries, forward.candidates)
-        width = min(_WIDTH, len(forward.candidates))
-        self.tile = forward.queries.new_empty(block * width)
-        self.strips = [self.tile.new_empty(min(_STRIP, block) * width) for _ in range(2)]
+        # Whole groups of rows, where columns are queries too.
+        self.rows = -(-block // _GROUP) * _GROUP if backward else block
+        self.tile = forward.queries.new_empty(self.rows * min(_WIDTH, len(forward.candidates)))
 
     def count(self, rows: slice) -> list[Tensor]:
         """What these queries add to `before` of theirs, and of all candidates."""
@@ -207,18 +196,14 @@ class _Counting:
         for first in range(0, m, _WIDTH):
             columns = slice(first, min(first + _WIDTH, m))
             # Without gaps between rows, also where it is narrower than the others.
-            tile = self.tile[: n * (columns.stop - first)].view(n, -1)
-            torch.mm(x[rows], y[columns].T, out=tile)
-            exclude(tile, first)
-            places = (rows, columns), (columns, rows)
-            sides = [_Side(d, 1 - back, *places[back], tile) for back, d in enumerate(self.directions)]
-            for place, strip in enumerate(tile.split(_STRIP)):
-                above, close = (memory[: strip.numel()].view(strip.shape) for memory in self.strips)
-                of_tile = slice(place * _STRIP, place * _STRIP + len(strip))
-                for side in sides:
-                    side.compare(strip, of_tile, above, close)
-            for side, total, at in zip(sides, before, (slice(None), columns), strict=False):
-                total[at, : len(side.counted)] += side.settle(tile, self.pairs)
+            tile = self.tile[: self.rows * (columns.stop - first)].view(self.rows, -1)
+            torch.mm(x[rows], y[columns].T, out=tile[:n])
+            exclude(tile[:n], first)
+            tile[n:] = -torch.inf
+            sides = [(1, rows, first, tile[:n], slice(None)), (0, columns, rows.start, tile, columns)]
+            for direction, total, (dim, queries, start, part, at) in zip(self.directions, before, sides, strict=False):
+                found = _Side(direction, dim, queries, start, part).before(self.pairs)
+                total[at, : found.shape[1]] += found
         return before
 
 
@@ -269,7 +254,7 @@ def best_right(x: Tensor, y: Tensor, right: Right, depth: int) -> Tensor:
         found[few] = torch.cat(list(_on_cores(some, pieces)))
     for label in labels[right.count > _LARGE].unique():
         columns = (right.candidate_labels == label).nonzero()[:, 0]
-        for rows in (labels == label).nonzero()[:, 0].split(_STRIP):
+        for rows in (labels == label).nonzero()[:, 0].split(_ROWS):
             for part in columns.split(max(1, 8 * _NUMBERS // x.shape[1])):
                 scores = torch.cat([found[rows], x[rows].double() @ y[part].double().T], 1)
                 found[rows] = scores.topk(k).values

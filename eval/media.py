@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Media:
 
     def __init__(self, source: Source | None, kinds: Mapping[str, str]) -> None:
         self.source, self.kinds = source, kinds
-        self.bytes = 0
+        self._room = Room()
         self._drawn: dict[tuple[str, int, int], Html] = {}
 
     def draw(self, modality: str, item: Sequence[int]) -> Node:
@@ -74,26 +74,43 @@ class Media:
         name = self.key([position, part])
         if value is None:
             return tag("div", f"{name} ({modality})", class_="absent")
-        try:
-            if isinstance(value, Sound):  # two bytes a sample, and a third for base64
-                self.bytes += round(8 / 3 * min(value.frames / value.rate, _HEARD) * min(value.rate, _RATE))
-            return drawn(value, name, player=self.bytes <= _SOUNDS)
-        except Exception as error:  # of any decoder: no single sample may cost the page
-            return tag("div", f"{name}: cannot be shown ({type(error).__name__})", class_="bad")
+        return drawn(lambda: value, name, self._room)
 
 
-def drawn(value: Any, name: str, *, player: bool = True) -> Html:
-    """A decoded value as a piece of a page, called `name`; a sound as its waveform, with a `player` if it may have one.
+class Room:
+    """Bytes that the players of one page may take; a sound that finds none left is a waveform alone."""
 
-    Raises:
-        BadSample: it is damaged.
+    def __init__(self) -> None:
+        self._left = _SOUNDS
+
+    def holds(self, sound: Sound) -> bool:
+        """Whether it has a player."""
+        # Two bytes a sample, and a third for base64.
+        self._left -= round(8 / 3 * min(sound.frames / sound.rate, _HEARD) * min(sound.rate, _RATE))
+        return self._left >= 0
+
+
+def drawn(read: Callable[[], Any], name: str, room: Room) -> Html:
+    """A value of a sample as a piece of a page, called `name`; or that it cannot be shown.
+
+    Args:
+        read: decodes it.
+        name: of the sample.
+        room: of the page.
     """
+    try:
+        return _drawn(read(), name, room)
+    except Exception as error:  # of any decoder: no single sample may cost the page
+        return tag("div", f"{name}: cannot be shown ({type(error).__name__})", class_="bad")
+
+
+def _drawn(value: Any, name: str, room: Room) -> Html:
     if isinstance(value, Picture):
         return picture(value.read().permute(1, 2, 0).numpy(), alt=name, side=_SIDE)
     if isinstance(value, Sound):
         samples, rate = _heard(value)
         length = tag("div", f"{value.frames / value.rate:.3g} s", class_="quiet")
-        return Html((sound(samples, rate) if player else waveform(samples)) + length)
+        return Html((sound(samples, rate) if room.holds(value) else waveform(samples)) + length)
     if isinstance(value, Signal):
         frames = min(value.frames, round(_SEEN * value.rate), max(1, _VALUES // max(1, len(value.channels))))
         shown = traces(value.read(0, frames).numpy(), names=value.channels, points=_POINTS)

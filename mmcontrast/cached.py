@@ -95,17 +95,17 @@ def forward_backward(
     # Before any forward: pass 2 must know by what to divide, and it ends micro-batch by micro-batch.
     counts = _sum_over_ranks({name: head.count(batch) for name, head in heads.items()}, world)
     sums = {name: torch.zeros((), device=device) for name in heads}
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), no_sync():
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type), no_sync():
         chunks: dict[str, list[Tensor]] = {m: [] for m in batch.rows}
         least = least_kept([piece.start for piece in pieces], keep.graphs)
         kept = _Kept(least, keep.bytes, [*weights, *tensors_in(batch.inputs)])
         for piece in pieces:
             if kept.tries:
-                encoded = kept.offered(lambda piece=piece: _encode(with_heads, piece, seed, first_row))
+                encoded = kept.offered(lambda piece=piece: _encode(with_heads, piece, seed, first_row, device))
             else:
                 with torch.no_grad():
-                    encoded = _encode(encode, piece, seed, first_row)
+                    encoded = _encode(encode, piece, seed, first_row, device)
             for m in piece.rows:
                 chunks[m].append(encoded[m].detach())
             del encoded  # or else the graph of one that did not fit would live on
@@ -119,7 +119,7 @@ def forward_backward(
         counts = {name: count.clamp(min=1).to(result.loss.dtype) for name, count in counts.items()}
         cotangents |= {name: head.weight_at(step) * cotangent_scale / counts[name] for name, head in heads.items()}
         for at, piece in enumerate(pieces):
-            encoded = kept.graphs.popleft() if kept.graphs else _encode(with_heads, piece, seed, first_row)
+            encoded = kept.graphs.popleft() if kept.graphs else _encode(with_heads, piece, seed, first_row, device)
             sums = {name: total + encoded[name].detach() if name in encoded else total for name, total in sums.items()}
             with sync() if at == len(pieces) - 1 else nullcontext():
                 _backward(encoded, piece, cotangents)
@@ -134,9 +134,9 @@ def forward_backward(
 def pieces_of(
     batch: Batch, micro_batch: int | Mapping[str, int], joined: Iterable[Sequence[str]] = ()
 ) -> list[MicroBatch]:
-    """The micro-batches in order of their first row, each of one tower, or of towers that a head reads together.
+    """The micro-batches of one tower after the other, each of one tower, or of towers that a head reads together.
 
-    Towers that nothing joins are encoded one after the other, so that only one has its activations in memory.
+    So only one tower has its activations in memory, and the cache of a processor its weights.
 
     Args:
         batch: this rank's rows.
@@ -152,7 +152,6 @@ def pieces_of(
     if len(groups) == 1:
         return list(batch.split(sizes[0]))
     pieces = [piece for group, size in zip(groups, sizes, strict=True) for piece in batch.split(size, group)]
-    pieces.sort(key=lambda piece: piece.start)
     # A wrapper that reduces gradients waits for those of all towers in the last backward. The others run after those
     # of the piece, whose random numbers must not depend on which piece is a rank's last.
     own = pieces[-1].apart
@@ -223,15 +222,22 @@ def _sum_over_ranks(values: Mapping[str, Tensor], world: World | None) -> dict[s
     return dict(zip(values, (world or World()).sum(list(values.values())), strict=True))
 
 
-def _encode(encode: Encode, piece: MicroBatch, seed: tuple[int, ...], first_row: int) -> Mapping[str, Tensor]:
-    # Towers that are encoded apart must not draw the same masks.
-    torch.manual_seed(fold_seed(*seed, first_row + piece.start, *piece.apart))
+def _encode(
+    encode: Encode, piece: MicroBatch, seed: tuple[int, ...], first_row: int, device: torch.device
+) -> Mapping[str, Tensor]:
+    # Towers that are encoded apart must not draw the same masks. torch.manual_seed would ask every kind of device.
+    folded = fold_seed(*seed, first_row + piece.start, *piece.apart)
+    torch.default_generator.manual_seed(folded)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(folded)
     return encode(piece)
 
 
 def _assemble(chunks: list[Tensor], rows: Tensor, n: int) -> Tensor:
     """Encoded rows -> [n, D] with zeros where the row lacks the modality."""
     encoded = torch.cat(chunks)
+    if len(encoded) == n:  # of ascending rows, so all are there
+        return encoded
     return encoded.new_zeros(n, encoded.shape[1]).index_copy(0, rows, encoded)
 
 

@@ -152,12 +152,6 @@ class RunFolder:
         if self.world.rank == 0:
             self.checkpoints.finish()
 
-    def raise_together(self, problem: Exception | None) -> None:
-        """Raise rank 0's problem on every rank: one that went on alone would wait for the others in vain."""
-        problem = self.world.gather_objects(problem)[0]
-        if problem is not None:
-            raise problem
-
     def _first(self, work: Callable[[], T]) -> T:
         """What rank 0's work returns, or raises, on every rank."""
         found: T | None = None

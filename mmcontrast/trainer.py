@@ -13,22 +13,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmcontrast.batch import Batch, MicroBatch
 from mmcontrast.cached import Keep, forward_backward
-from mmcontrast.checkpoint import (
-    Checkpoints,
-    load_optimizer,
-    names_of,
-    optimizer_tensors,
-    read_state,
-    read_tensors,
-)
-from mmcontrast.config import ConfigError, Configurable, suggest, to_dict
+from mmcontrast.checkpoint import Checkpoints, read_state
+from mmcontrast.config import ConfigError, Configurable, to_dict
 from mmcontrast.data.stream import Batches
 from mmcontrast.data.tally import Tally
 from mmcontrast.ema import EMA
@@ -41,19 +34,14 @@ from mmcontrast.interrupts import Interrupted, Interrupts
 from mmcontrast.launch import check_launch, launcher
 from mmcontrast.not_finite import describe, write
 from mmcontrast.objectives.base import Objective
-from mmcontrast.optim import (
-    AdamW,
-    Optimizer,
-    clip_gradients,
-    load_optimizer_numbers,
-    optimizer_numbers,
-    set_rate,
-)
-from mmcontrast.parallel import Layout, Sharded, Whole, check_optimizer, load_whole, local, part_like, whole
+from mmcontrast.optim import AdamW, Optimizer, clip_gradients, set_rate
+from mmcontrast.parallel import Layout, Sharded, Whole, check_optimizer, local, whole
 from mmcontrast.progress import Progress
+from mmcontrast.questions import Evaluator, ask
 from mmcontrast.run_folder import Content, RunFolder
+from mmcontrast.run_state import RunState
 from mmcontrast.schedules import Cosine, Schedule
-from mmcontrast.settings import check_model, micro_batches
+from mmcontrast.settings import check_config, check_model, micro_batches
 from mmcontrast.sharding import Result, World, value_and_grad
 
 
@@ -63,26 +51,6 @@ class Agreed(NamedTuple):
     not_finite: bool = False
     save: bool = False
     stop: bool = False
-
-
-class Evaluator(Protocol):
-    """A question asked of the model while it trains.
-
-    If it also has `details()`, plain values of its last answer, they are kept in `RUN/evaluation.json` for the report.
-    """
-
-    def run(self, model: MultiEncoder) -> Mapping[str, float | None]:
-        """Name -> value."""
-        ...
-
-
-@runtime_checkable
-class SharedEvaluator(Evaluator, Protocol):
-    """One that all ranks can answer together; others are asked on rank 0, for which the rest wait."""
-
-    def run_together(self, model: MultiEncoder, ranks: World) -> Mapping[str, float | None]:
-        """Name -> value, the same on every rank; an error, too, comes to all of them."""
-        ...
 
 
 class Trainer(Configurable):
@@ -164,7 +132,7 @@ class Trainer(Configurable):
         """
         from accelerate import Accelerator
 
-        _check(config)
+        check_config(config)
         self.config = config
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -197,9 +165,9 @@ class Trainer(Configurable):
         optimizer: Optimizer = config.optimizer.build()
         self.layout = self._lay_out(optimizer)
         self.optimizer = optimizer.optimizer(self.model, self.objectives)
+        self.state = RunState(model=self.model, objectives=self.objectives, optimizer=self.optimizer, ema=self.ema)
         self.schedule: Schedule = config.schedule.build()
         self.folder = RunFolder(config.out, config.checkpoint, self.world)
-        self.names = names_of(("model", self.model), ("objectives", self.objectives))
         self.tally = Tally()
         self.interrupts, self.agreed = Interrupts(), Agreed()
         self.skipped_steps = 0
@@ -336,7 +304,7 @@ class Trainer(Configurable):
         )
         if self.health.due(step):
             self.measured |= gradient_norms(self._towers())
-        norm = clip_gradients(self.names, self.config.clip_norm)
+        norm = clip_gradients(self.state.names, self.config.clip_norm)
         finite = math.isfinite(float(norm)) and math.isfinite(float(result.loss))
         self.agreed = self._agree(not finite)
         if self.agreed.not_finite:
@@ -433,47 +401,24 @@ class Trainer(Configurable):
         last = step + 1 == self.config.steps
         return last or (every is not None and (step + 1) % every == 0)
 
-    def _evaluate(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        problem: Exception | None = None
+    def _evaluate(self) -> dict[str, float | None]:
         models = {"eval": self.layout.whole_model(self.model)}
         if self.ema is not None:
             models["eval_ema"] = self.layout.whole_model(self.ema.model)
-        try:
-            for name, evaluator in self.evaluators.items():
-                for kind, model in models.items():
-                    if isinstance(evaluator, SharedEvaluator):
-                        values = evaluator.run_together(model, self.world)
-                    elif self.is_main:
-                        values = evaluator.run(model)
-                    else:
-                        continue
-                    found |= {f"{kind}/{name}/{key}": value for key, value in values.items()}
-        except ConfigError as error:
-            problem = error
-        self.folder.raise_together(problem)
-        return found
+        return ask(self.evaluators, models, self.world)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, step: int) -> None:
         self.pulse.enter("save", step - 1)
         tally = self.tallied()
-
-        tensors = {
-            "model": self.model.state_dict(),
-            "objectives": self.objectives.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.names),
-        }
-        if self.ema is not None:
-            tensors["ema"] = self.ema.model.state_dict()
-        tensors = {name: whole(content, keep=self.is_main) for name, content in tensors.items()}
+        tensors = self.state.tensors(keep=self.is_main)
 
         def content() -> Content:
             return tensors, {
                 "stream": self.stream.state(),
                 "tally": tally.state(),
-                "optimizer": optimizer_numbers(self.optimizer, self.names),
+                "optimizer": self.state.numbers(),
                 "skipped_steps": self.skipped_steps,
             }
 
@@ -493,12 +438,7 @@ class Trainer(Configurable):
                 )
         if self.is_main:  # for all: counts are summed over ranks
             self.tally.load(state["tally"])
-        load_whole(self.model, read_tensors(newest, "model"))
-        self.objectives.load_state_dict(read_tensors(newest, "objectives"))
-        load_optimizer(self.optimizer, self.names, read_tensors(newest, "optimizer"), part_like)
-        if self.ema is not None:
-            load_whole(self.ema.model, read_tensors(newest, "ema"))
-        load_optimizer_numbers(self.optimizer, self.names, state["optimizer"])
+        self.state.load(newest, state["optimizer"])
         self.skipped_steps = int(state["skipped_steps"])
         return int(state["step"])
 
@@ -517,31 +457,3 @@ class Trainer(Configurable):
         tally, sizes = self.tallied(), {s.name: s.order.per_epoch for s in self.stream.sources}
         tally.check(step * self.config.global_batch, self.config.data.max_bad_fraction)
         return tally.values(self.stream.seen(step), sizes)
-
-
-def _check(config: Trainer.Config) -> None:
-    for name in ("steps", "global_batch", "micro_batch", "log_every"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("block", "eval_every"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at least 1, or None")
-    for name in ("keep_bytes", "keep_graph_bytes", "keep_graphs"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name} is {getattr(config, name)}; it must be 0 or more")
-    if config.clip_norm is not None and config.clip_norm <= 0:
-        raise ConfigError(f"clip_norm is {config.clip_norm}; it must be above 0, or None")
-    if not 0 <= config.seed < 2**63:
-        raise ConfigError(f"seed is {config.seed}; it must be in 0..2^63 - 1")
-    for name in config.objectives:
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            raise ConfigError(f"the objective name {name!r} must be an identifier such as clip, and no word of torch's")
-    if config.trackers:
-        from accelerate.tracking import get_available_trackers
-
-        known = {tracker.value for tracker in get_available_trackers()}
-        for tracker in config.trackers:
-            if tracker not in known:
-                raise ConfigError(f"the tracker {tracker!r} is not installed or not known{suggest(tracker, known)}")
-    if not config.objectives:
-        raise ConfigError("the recipe has no objectives: there is nothing to train on")

@@ -349,7 +349,7 @@ def test_the_error_of_a_step_would_show() -> None:
     want = {name: g.clone() for name, g in step_arms.full_batch(16, towers, 4)().items()}
     other = step_arms.full_batch(16, towers, 8)()  # other micro-batches, other masks
     assert step_arms.relative_error(other, want) > 0.1
-    floor = step_arms.floor(16, towers, 4, forwards=4)()
+    floor = step_arms.floor(16, towers, 4, kept=1)()
     assert floor.keys() == want.keys() - {"logit_scale"}
 
 

@@ -380,8 +380,8 @@ def test_only_towers_that_a_head_joins_are_encoded_together() -> None:
     def found(size: int | dict[str, int], *joined: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
         return [(piece.start, tuple(piece.rows)) for piece in pieces_of(batch, size, joined)]
 
-    assert found(4) == [(start, (m,)) for start in (0, 4) for m in "abcd"]
-    assert found(4, ("d", "b")) == [(s, t) for s in (0, 4) for t in (("a",), ("c",), ("b", "d"))]
+    assert found(4) == [(start, (m,)) for m in "abcd" for start in (0, 4)]
+    assert found(4, ("d", "b")) == [(s, t) for t in (("a",), ("c",), ("b", "d")) for s in (0, 4)]
     sizes = {"a": 6, "b": 3, "c": 3, "d": 3}
     assert found(sizes, ("b", "c"), ("c", "d")) == [(0, ("a",)), (0, ("b", "c", "d")), (3, ("b", "c", "d"))]
     assert pieces_of(batch, sizes, [("b", "c"), ("d", "c")])[-1].towers == ("b", "c", "d", "a")

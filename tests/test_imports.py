@@ -43,12 +43,14 @@ MAY = {
     "launch": {"config"},
     "lock": {"config"},
     "run_folder": {"config", "checkpoint", "sharding", "lock"},
+    "run_state": {"checkpoint", "ema", "encoders", "optim", "parallel"},
+    "questions": {"config", "encoders", "sharding"},
     "execution": {"config", "encoders"},
     "parallel": {"config", "encoders", "optim"},
-    "settings": {"config", "cached", "encoders", "objectives"},
+    "settings": {"config", "cached", "encoders", "objectives", "trainer"},  # the trainer's settings, as a type
     "trainer": LOW
     | {"encoders", "objectives", "sharding", "cached", "data", "optim", "health", "checkpoint"}
-    | {"interrupts", "not_finite", "run_folder", "settings"}
+    | {"interrupts", "not_finite", "run_folder", "run_state", "questions", "settings"}
     | {"schedules", "ema", "progress", "parallel", "execution", "launch"},
     "plan": {
         "config",

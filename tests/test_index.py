@@ -23,8 +23,8 @@ from PIL import Image
 from mmcontrast import load
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.index import Index, build_index
+from mmcontrast.eval.index.pages import search_page
 from mmcontrast.eval.index.store import describe
-from mmcontrast.eval.report import search_page
 from mmcontrast.shard_writer import Sample
 from mmcontrast.shards import open_shards
 from tests import tiny
@@ -113,7 +113,7 @@ def test_a_picture_finds_itself_first(built: Built) -> None:
     opened = Index(built.index)
     pictures = [s.members["png"] for s in built.samples if "png" in s.members]
     for picture, hits in zip(pictures, opened.search("image", pictures, top=2), strict=True):
-        assert opened.picture(hits[0]) == picture, "the stored bytes must come back as they were"
+        assert opened.member(hits[0], "image") == (picture, "png"), "the stored bytes must come back as they were"
         assert hits[0].score == pytest.approx(1, abs=1e-5) and hits[1].score < hits[0].score
 
 

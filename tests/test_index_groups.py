@@ -19,7 +19,7 @@ from mmcontrast.eval.index.link import Linked, points, read_labels, worth
 from mmcontrast.eval.index.pages import duplicates_page, links_page
 from mmcontrast.eval.index.stored import Stored
 from mmcontrast.shard_writer import Sample
-from tests import tiny
+from tests import served, tiny
 
 
 def _samples(count: int, *, start: int = 0) -> list[Sample]:
@@ -145,6 +145,26 @@ def test_the_command_writes_groups_and_their_page(
     assert "may have more" in duplicates_page(
         Stored(folder / "left"), find_duplicates(Stored(folder / "left"), 0.99, neighbours=1)
     )
+
+
+def test_sounds_and_signals_of_a_group_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"rate": 8, "channels": ["I", "II"]}
+    found = [Sample(f"sound{i}", {"wav": served.wav(3.0), "txt": "a tone"}) for i in range(3)]
+    found += [Sample(f"beat{i}", {"npy": served.npy(served.series(i)), "json": facts, "txt": "heart"}) for i in (0, 1)]
+    found += [Sample(f"torn{i}", {"wav": served.wav()[:30], "txt": "lost"}) for i in (0, 1)]
+    found += [Sample(f"none{i}", {"txt": "words alone"}) for i in (0, 1)]
+    run = tiny.write_run(tmp_path / "run")
+    build_index(run, [tiny.write_shards(tmp_path / "shards", found)], tmp_path / "index", modality="text")
+    index = Stored(tmp_path / "index")
+    groups = find_duplicates(index, 0.99999)
+    assert len(groups.groups) == 4
+    page = duplicates_page(index, groups)
+    assert page.count("<audio") == 3 and page.count('class="traces"') == 2 and page.count("cannot be shown") == 2
+    monkeypatch.setattr("mmcontrast.eval.media._SOUNDS", 150_000)  # a player of 3 s at 8 kHz takes 64,000 bytes
+    page = duplicates_page(index, groups)
+    assert page.count("<audio") == 2 and page.count('aria-label="waveform"') == 3
+    linked = links_page(Linked(index, index), 0.5, None)
+    assert linked.count("<audio") == 2 and linked.count('class="traces"') == 4
 
 
 # ------------------------------------------------------------------------------------------------- linking

@@ -65,7 +65,7 @@ def test_such_a_folder_is_an_index_again(folder: Path, tmp_path: Path) -> None:
     assert _answers(tmp_path / "again") == _answers(folder / "index")
     old, new = Stored(folder / "index"), Stored(tmp_path / "again")
     assert new.columns["label"] == "string" and new.facts(4)["list"] == old.facts(4)["list"] == "[1, 2]"
-    assert new.picture(new.hit(0.0, 0)) is None
+    assert new.member(new.hit(0.0, 0), "image") is None
     with pytest.raises(ConfigError, match="is not empty; choose another folder for the embeddings"):
         build_index(folder / "run", [str(folder / "shards")], tmp_path / "b", embeddings=folder / "out")
 

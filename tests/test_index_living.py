@@ -90,7 +90,7 @@ def test_samples_come_and_go_by_their_keys(world: World) -> None:
     opened = _check(world, FIRST | MORE)
     (hits,) = opened.search("image", [world.pictures["000104"]], top=1)
     assert (hits[0].source, hits[0].position, hits[0].metadata["label"]) == (1, 4, "red")
-    assert opened.picture(hits[0]) == world.pictures["000104"]
+    assert opened.member(hits[0], "image") == (world.pictures["000104"], "png")
 
     gone = delete(world.index, ["000002", "000104", "000104"])
     assert (gone["count"], gone["deleted"]) == (28, 2)
@@ -138,7 +138,7 @@ def test_indices_of_one_model_are_merged(world: World, tmp_path: Path) -> None:
     assert (found["count"], len(found["segments"]), found["quality"]["queries"]) == (29, 1, 30)
     opened = _check(World(world.run, "", "", tmp_path / "both", world.pictures), FIRST | MORE - {"000101"})
     (hits,) = opened.search("image", [world.pictures["000109"]], top=1)
-    assert (hits[0].source, opened.picture(hits[0])) == (1, world.pictures["000109"])
+    assert (hits[0].source, opened.member(hits[0], "image")) == (1, (world.pictures["000109"], "png"))
     with pytest.raises(ConfigError, match="the key '000000' is in .* and in another index"):
         merge([world.index, world.index], tmp_path / "twice")
     for folders, out, message in (

@@ -53,8 +53,8 @@ def search(
         trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.eval.index.asked import queries_of, read_queries
+    from mmcontrast.eval.index.pages import search_page
     from mmcontrast.eval.index.search import Index
-    from mmcontrast.eval.report import search_page
 
     opened = Index(index, model=model, trust=trust)
     known = opened.model.modalities

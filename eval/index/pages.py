@@ -1,25 +1,56 @@
-"""What was found in an index as pages that stand alone: groups of near-duplicates, and links with their threshold."""
+"""What was found in an index as pages that stand alone: answers, groups of near-duplicates, links with a threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from mmcontrast.decode import picture_from
+from mmcontrast.charts import SCRIPT, STYLE, Line, Mark, line_chart
+from mmcontrast.decode import DECODERS
 from mmcontrast.eval.index.duplicates import Duplicates
 from mmcontrast.eval.index.link import Calibration, Linked, Point
 from mmcontrast.eval.index.stored import Hit, Stored
-from mmcontrast.page import Html, card, cards, finding, number, page, pair, percent, picture, section, table, tag
-from mmcontrast.shards import BadSample
+from mmcontrast.eval.media import Room, drawn
+from mmcontrast.page import Html, Node, card, cards, finding, number, page, pair, percent, section, table, tag
+from mmcontrast.signals import signal
 
 GROUPS, MEMBERS, LINKS = 200, 12, 12
 """Shown of each page."""
-_SIDE = 320
+_HITS = """
+.hits { padding: 0; margin: 0; list-style: none; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
+.hits .card img { background: #fff; } .hits .absent { display: grid; place-items: center; height: 10rem;
+  color: var(--quiet); } .hits i { display: block; height: .3rem; border-radius: .2rem; background: var(--bar);
+  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+"""
+
+
+def search_page(index: Stored, queries: Sequence[str], answers: Sequence[Sequence[Hit]]) -> str:
+    """A page that stands alone: each query with its answers as pictures, sounds and signals, scores and texts."""
+    m = index.manifest
+    facts = (
+        f"Model {m['model_hash']} · {m['modality']} · {m['dim']} dimensions · {m['type']} index · recall@10 against "
+        f"exact search {m['quality']['recall_at_10']:.3f}"
+    )
+    found, room = list[Node](), Room()
+    for query, hits in zip(queries, answers, strict=True):
+        listed = [_hit(index, hit, place, room) for place, hit in enumerate(hits, 1)]
+        found.append(section(f"“{query}”", tag("ol", listed, class_="cards hits")))
+    title = f"{len(queries)} queries, {m['count']} candidates"
+    return page(f"mmcontrast: {title}", tag("h1", title), tag("p", facts, class_="quiet"), found, style=_HITS)
+
+
+def _hit(index: Stored, hit: Hit, place: int, room: Room) -> Html:
+    text = hit.text or hit.key
+    bar = tag("i", style=f"width:{100 * max(0.0, min(1.0, hit.score)):.0f}%")
+    score = tag("div", f"{place}. score {hit.score:.3f}", class_="quiet")
+    seen = _medium(index, hit, room) or tag("div", "no picture", class_="absent")
+    return tag("li", seen, bar, tag("div", text, class_="said"), score, class_="card")
 
 
 def duplicates_page(index: Stored, found: Duplicates) -> str:
     """Groups as rows of cards, the largest first."""
-    shown = found.groups[:GROUPS]
+    shown, room = found.groups[:GROUPS], Room()
     notes = [finding("note", f"{len(found.groups) - len(shown)} smaller groups are not shown.")]
     how = "all pairs" if found.neighbours is None else f"each sample's {found.neighbours} nearest"
     warned = (
@@ -36,16 +67,16 @@ def duplicates_page(index: Stored, found: Duplicates) -> str:
             f"({percent(found.redundant / max(1, found.looked_at))}) would go.",
         ),
         finding("warning", warned) if found.truncated else None,
-        [_group(index, g.members, i) for i, g in enumerate(shown, 1)],
+        [_group(index, g.members, i, room) for i, g in enumerate(shown, 1)],
         notes if len(found.groups) > len(shown) else None,
     )
 
 
-def _group(index: Stored, members: Sequence[Hit], place: int) -> Html:
+def _group(index: Stored, members: Sequence[Hit], place: int, room: Room) -> Html:
     more = len(members) - MEMBERS
     return section(
         f"{place}. {len(members)} samples",
-        cards(_card(index, m, f"cosine with its nearest {m.score:.4f}") for m in members[:MEMBERS]),
+        cards(_card(index, m, room, f"cosine with its nearest {m.score:.4f}") for m in members[:MEMBERS]),
         tag("p", f"and {more} more", class_="quiet") if more > 0 else None,
     )
 
@@ -55,7 +86,7 @@ def links_page(linked: Linked, threshold: float, calibration: Calibration | None
     accepted = int((linked.scores >= threshold).sum())
     said = f"{number(accepted)} of {number(len(linked))} records are linked, at a score of {threshold:.4f} or more."
     near = sorted(range(len(linked)), key=lambda i: abs(float(linked.scores[i]) - threshold))
-    near = [i for i in near if linked.nearest[i] >= 0]
+    near, room = [i for i in near if linked.nearest[i] >= 0], Room()
     above = [i for i in near if linked.scores[i] >= threshold][:LINKS]
     below = [i for i in near if linked.scores[i] < threshold][:LINKS]
     return page(
@@ -64,8 +95,10 @@ def links_page(linked: Linked, threshold: float, calibration: Calibration | None
         tag("p", f"{linked.left.folder.name} to {linked.right.folder.name}", class_="quiet"),
         tag("p", said),
         None if calibration is None else _calibration(calibration),
-        section("Just linked", cards(_pair(linked, i) for i in above)) if above else None,
-        section("Just not linked", cards(_pair(linked, i) for i in below)) if below else None,
+        section("Just linked", cards(_pair(linked, i, room) for i in above)) if above else None,
+        section("Just not linked", cards(_pair(linked, i, room) for i in below)) if below else None,
+        style=STYLE,
+        script=SCRIPT,
     )
 
 
@@ -88,44 +121,35 @@ def _calibration(found: Calibration) -> Html:
 
 
 def _curve(points: Sequence[Point], threshold: float) -> Html:
-    """Precision against recall of all labelled records; the dot is the threshold."""
-    width, height, left, bottom = 320, 200, 34, 24
-
-    def at(point: Point) -> str:
-        x = left + (width - left) * point.recall
-        return f"{x:.1f} {(height - bottom) * (1 - point.precision):.1f}"
-
     chosen = min(points, key=lambda point: abs(point.threshold - threshold))
-    x, y = at(chosen).split()
-    marks = [
-        tag("line", class_="axis", x1=left, y1=height - bottom, x2=width, y2=height - bottom),
-        tag("line", class_="axis", x1=left, y1=0, x2=left, y2=height - bottom),
-        tag("text", "0", x=left, y=height - 8, text_anchor="middle"),
-        tag("text", "recall", x=(left + width) / 2, y=height - 8, text_anchor="middle"),
-        tag("text", "1", x=width, y=height - 8, text_anchor="end"),
-        tag("text", "1", x=left - 6, y=10, text_anchor="end"),
-        tag("text", "0", x=left - 6, y=height - bottom, text_anchor="end"),
-        tag("path", class_="trace", d="M" + "L".join(map(at, points))),
-        tag("line", class_="mark", x1=x, y1=y, x2=x, y2=height - bottom),
-        tag("text", f"{chosen.precision:.3f} at {chosen.recall:.3f}", class_="mark", x=left + 8, y=height - bottom - 8),
-    ]
-    drawn = tag("svg", marks, view_box=f"0 0 {width} {height}", role="img", aria_label="precision against recall")
-    return tag("figure", tag("figcaption", tag("b", "precision"), " against recall, all labelled records"), drawn)
+    said = f"precision {chosen.precision:.3f} at recall {chosen.recall:.3f}"
+    rising = sorted(points, key=lambda point: (point.recall, -point.precision))
+    return line_chart(
+        [Line("", [p.recall for p in rising], [p.precision for p in rising])],
+        title="Precision against recall",
+        x="recall",
+        y="precision",
+        about=f"Of all labelled records; the threshold has {said}.",
+        zero=True,
+        marks=[Mark(chosen.recall, "threshold", said)],
+    )
 
 
-def _pair(linked: Linked, place: int) -> Html:
+def _pair(linked: Linked, place: int, room: Room) -> Html:
     """A record and its nearest, side by side."""
     score = float(linked.scores[place])
     left = linked.left.hit(score, int(linked.rows[place]))
     right = linked.right.hit(score, int(linked.nearest[place]))
-    sides = [[_drawn(index, hit), hit.text or hit.key] for index, hit in ((linked.left, left), (linked.right, right))]
+    sides = [
+        [_medium(index, hit, room), hit.text or hit.key] for index, hit in ((linked.left, left), (linked.right, right))
+    ]
     return card(pair(*sides), f"score {score:.4f}", tag("div", f"{left.key}\n{right.key}", class_="facts"))
 
 
-def _card(index: Stored, hit: Hit, said: str) -> Html:
+def _card(index: Stored, hit: Hit, room: Room, said: str) -> Html:
     facts = "\n".join(f"{name}: {value}" for name, value in _facts(hit).items())
     return card(
-        _drawn(index, hit),
+        _medium(index, hit, room),
         tag("div", hit.text or hit.key, class_="said"),
         tag("div", said),
         tag("div", facts, class_="facts"),
@@ -136,15 +160,17 @@ def _facts(hit: Hit) -> Mapping[str, Any]:
     return {"key": hit.key, "shard": hit.shard} | {k: str(v)[:100] for k, v in [*hit.metadata.items()][:6]}
 
 
-def _drawn(index: Stored, hit: Hit) -> Html | None:
-    """The picture of a sample; None where it has none that can be read."""
-    data = index.picture(hit)
-    if data is None:
-        return None
-    try:
-        return picture(picture_from(data).read().permute(1, 2, 0).numpy(), alt=hit.text or hit.key, side=_SIDE)
-    except BadSample:
-        return None
+def _medium(index: Stored, hit: Hit, room: Room) -> Html | None:
+    """What can be seen or heard of a sample; None where there is nothing, or the shards are others now."""
+    for kind in ("image", "audio", "timeseries"):
+        member = index.member(hit, kind)
+        if member is not None:
+            return drawn(partial(_decoded, kind, member[0], hit), hit.text or hit.key, room)
+    return None
+
+
+def _decoded(kind: str, data: bytes, hit: Hit) -> Any:
+    return DECODERS[kind](data) if kind in DECODERS else signal(data, lambda: hit.metadata)
 
 
 def _about(index: Stored) -> Html:

@@ -242,11 +242,6 @@ class Stored:
         own = {name: values[name] for name in COLUMNS.names}
         return Hit(score, **own, metadata=metadata)
 
-    def picture(self, hit: Hit) -> bytes | None:
-        """The stored picture of an answer; None where the shards are gone, changed, or hold none."""
-        found = self.member(hit, "image")
-        return None if found is None else found[0]
-
     def member(self, hit: Hit, kind: str) -> tuple[bytes, str] | None:
         """What the shards hold of an answer, and its extension; None where they are gone, changed, or hold none.
 

@@ -216,7 +216,7 @@ def run_trainer(job: Job) -> dict[str, Comparison]:
     found: dict[str, Tensor | None] = {}
 
     def take(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        gradients = {name: p.grad for p, name in trainer.names.items()}
+        gradients = {name: p.grad for p, name in trainer.state.names.items()}
         found.update(dict.fromkeys(gradients))
         found.update(whole({name: g.clone() for name, g in gradients.items() if g is not None}))
         optimizer.zero_grad(set_to_none=True)
