@@ -273,7 +273,8 @@ def test_the_command_links(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (
         "Just linked" in page
         and "Just not linked" in page
-        and 'class="trace"' in page
+        and "threshold has precision" in page
+        and "data-chart" in page
         and page.count("<img") == 2 * (min(12, told["links"]) + min(12, 69 - told["links"]))
     )
     main([*arguments, "--threshold", "0.9995"])

@@ -165,12 +165,13 @@ def _medium(index: Stored, hit: Hit, room: Room) -> Html | None:
     for kind in ("image", "audio", "timeseries"):
         member = index.member(hit, kind)
         if member is not None:
-            return drawn(partial(_decoded, kind, member[0], hit), hit.text or hit.key, room)
+            return drawn(partial(_decoded, index, kind, member[0], hit), hit.text or hit.key, room)
     return None
 
 
-def _decoded(kind: str, data: bytes, hit: Hit) -> Any:
-    return DECODERS[kind](data) if kind in DECODERS else signal(data, lambda: hit.metadata)
+def _decoded(index: Stored, kind: str, data: bytes, hit: Hit) -> Any:
+    # Not the metadata of the row: a table holds no lists, such as names of channels.
+    return DECODERS[kind](data) if kind in DECODERS else signal(data, partial(index.meta, hit))
 
 
 def _about(index: Stored) -> Html:

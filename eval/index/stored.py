@@ -6,23 +6,24 @@ Letters: n rows over all segments, q queries, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
 from mmcontrast.config import ConfigError, suggest
+from mmcontrast.decode import metadata
 from mmcontrast.eval.index.filters import Filter, Mask
 from mmcontrast.eval.index.identity import METRIC, check_same
 from mmcontrast.eval.index.rows import COLUMNS, unified
 from mmcontrast.eval.index.segment import Segment
 from mmcontrast.eval.index.store import read_manifest, verify
 from mmcontrast.eval.index.vectors import Floats, Ints
-from mmcontrast.shards import FORMATS, BadSample, ShardSet, open_shards
+from mmcontrast.shards import FORMATS, METADATA, BadSample, ShardSet, open_shards
 
 _ATTEMPTS = 20
 _FILTERS_KEPT = 8
@@ -249,12 +250,26 @@ class Stored:
             hit: the answer.
             kind: image, text, audio or timeseries.
         """
+        return self._read(hit, FORMATS[kind])
+
+    def meta(self, hit: Hit) -> Mapping[str, Any]:
+        """The metadata of an answer as they were stored, such as rate and channels of a signal; empty without.
+
+        Raises:
+            BadSample: they are no JSON object.
+        """
+        found = self._read(hit, (METADATA,))
+        meta: Mapping[str, Any] = {} if found is None else metadata(found[0])
+        own = meta.get(self.manifest["modality"])
+        return cast(Mapping[str, Any], own) if isinstance(own, Mapping) else meta
+
+    def _read(self, hit: Hit, extensions: Sequence[str]) -> tuple[bytes, str] | None:
         shards = self._source(hit.source)
         if shards is None:
             return None
         try:
             present = shards.extensions(hit.position)
-            for extension in FORMATS[kind]:
+            for extension in extensions:
                 if extension in present:
                     return shards.read(hit.position, extension), extension
         except (ConfigError, BadSample, OSError, IndexError):
