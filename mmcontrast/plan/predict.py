@@ -114,7 +114,7 @@ def predict(config: Trainer.Config, model: Model, machine: Machine, *, states: i
     link = machine.device.link if machine.gpus <= machine.per_node else min(machine.network, machine.device.link)
     memory = _weights(config, model, machine.gpus, states)
     memory |= {
-        "graphs": _graphs(config, pieces, len(kept), again),
+        "graphs": _graphs(config, model, machine.gpus, pieces, len(kept), again),
         "inputs": float(n * sum(t.input_bytes for t in model.towers)),
         "embeddings": _embeddings(config, model, n),
         "scores": _scores(config, n),
@@ -159,12 +159,25 @@ def _kept(config: Trainer.Config, pieces: Sequence[_Piece]) -> int:
     return least_kept([piece.start for piece in pieces], config.keep_graphs)
 
 
-def _graphs(config: Trainer.Config, pieces: Sequence[_Piece], count: int, again: Mapping[str, bool]) -> float:
-    """Bytes of the graphs that are held at a time, and of the backward through one block."""
+def _graphs(
+    config: Trainer.Config, model: Model, ranks: int, pieces: Sequence[_Piece], count: int, again: Mapping[str, bool]
+) -> float:
+    """Bytes of the graphs that are held at a time, and of the backward through one block.
+
+    Towers come one after the other: while one works, the gradients of those behind it do not stand yet.
+    """
     sizes = [sum(p.rows * _cost(t, again[t.name]).kept + t.fixed for t in p.towers) for p in pieces]
     further = min(float(config.keep_graph_bytes), sum(sizes[count:]))
-    blocks = [p.rows * t.block * (2 if again[t.name] else 1) for p in pieces for t in p.towers]
-    return max(max(sizes), sum(sizes[:count]) + further) + max(blocks)
+    parts = ranks if config.parallel == "fsdp" else 1
+    behind = {t.name: FLOAT * t.trained / parts for t in model.towers}
+    found = 0.0
+    for i, piece in enumerate(pieces):
+        for t in piece.towers:
+            behind.pop(t.name, None)
+        held = sum(sizes[i:count]) + further if i < count else sizes[i]
+        block = max(piece.rows * t.block * (2 if again[t.name] else 1) for t in piece.towers)
+        found = max(found, held + block - sum(behind.values()))
+    return found
 
 
 def _flops(
