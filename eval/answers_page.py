@@ -23,6 +23,8 @@ from mmcontrast.page import Html, Node, card, cards, finding, number, page, pair
 from mmcontrast.remote import is_remote
 
 _MISTAKES = 12
+_WRITTEN = 6  # at random, and as many of the lowest scores
+_SAID = 5  # captions of a sample
 _SETS = 8
 _CLASSES = 25  # of the lowest scores
 _WORDS = {
@@ -32,6 +34,7 @@ _WORDS = {
     "knn": "nearest neighbours",
     "joint_retrieval": "joint retrieval",
     "few_shot": "few shots",
+    "captioning": "captions",
     "image_caption_selection": "choice among hard negatives",
     "compositional": "choice among hard negatives",
 }
@@ -333,6 +336,20 @@ def _mistakes(shown: Shown, details: Mapping[str, Any], media: Media, asked: Seq
     return [tag("h3", "Hardest mistakes"), note, cards(drawn)]
 
 
+def _written(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
+    """What a captioning head wrote, beside what people wrote."""
+    parts: list[Node] = []
+    for name, title in (("captions", "Captions, of samples at random"), ("worst", "Captions that are least like")):
+        drawn: list[Html] = []
+        for entry in [_mapping(e) for e in _list(details.get(name))][:_WRITTEN]:
+            item = [int(entry["position"]), 0]
+            captions = [tag("div", str(text), class_="quiet") for text in _list(entry["captions"])[:_SAID]]
+            score = tag("div", f"CIDEr {entry['cider']:.2f}", class_="quiet")
+            drawn.append(card(media.draw(asked[0], item), tag("b", str(entry["written"])), captions, score))
+        parts.append([tag("h3", title), cards(drawn)] if drawn else None)
+    return parts
+
+
 def _galleries(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequence[str]) -> Node:
     return [_gallery(_mapping(g), media) for g in _list(details.get("galleries"))]
 
@@ -397,5 +414,5 @@ def _plane(shown: Shown, details: Mapping[str, Any], media: Media, asked: Sequen
 
 _PARTS = (
     *(_facts, _scores, _against, _shots, _calibration, _confusion),
-    *(_per_class, _mistakes, _failed, _galleries, _plane),
+    *(_per_class, _mistakes, _failed, _written, _galleries, _plane),
 )

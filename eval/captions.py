@@ -23,6 +23,7 @@ from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Items, Result
 from mmcontrast.eval.statistics import Floats, Statistic, mean, value
 from mmcontrast.eval.task import EmbeddedTask, groups_of
+from mmcontrast.eval.together import values_in_parts, world
 from mmcontrast.heads.generation import Method
 
 _CHUNK = 64  # samples that are decoded and described at once
@@ -67,7 +68,8 @@ class Captions(EmbeddedTask):
           arXiv:1411.5726); intervals keep the weights.
         - exact: share whose words are those of one of the captions.
 
-        Chance is what the same texts reach when each is given to the next sample. Details: `captions`, at most 100.
+        Chance is what the same texts reach when each is given to the next sample. Details: `captions` of samples at
+        random and `worst`, those of the lowest CIDEr; at most 100 of each.
 
         Raises:
             ConfigError: no sample has a caption, the model has no captioning head, or pycocoevalcap is not installed.
@@ -88,24 +90,20 @@ class Captions(EmbeddedTask):
         others = Scores([words(text) for text in (*written[1:], written[0])], [references[row] for row in kept])
         names = data.names_of(rows.new_tensor(kept))
         chance = {f"{name}_chance": value(s, len(kept)) or 0.0 for name, s in others.statistics().items()}
+
+        def said_of(i: int) -> dict[str, Any]:
+            found = {"item": names[i], "position": positions[i], "written": written[i], "cider": float(scores.cider[i])}
+            return found | {"captions": [str(text) for text in said[kept[i]]]}
+
+        some = np.random.default_rng(0).permutation(len(kept))[:SHOWN].tolist()
+        worst = scores.cider.argsort(kind="stable")[:SHOWN].tolist()
         return Result(
             "captioning",
             [Items(names, scores.statistics(), groups_of(data.meta, kept, c.bootstrap_by))],
             chance=chance if len(kept) > 1 else {},
             counts={"samples": len(kept), "captions": sum(len(references[row]) for row in kept)},
             renamed={"Bleu_1": "bleu1", "Bleu_4": "bleu4", "ROUGE_L": "rouge_l", "CIDEr": "cider"},
-            details={
-                "captions": [
-                    {
-                        "item": names[i],
-                        "position": positions[i],
-                        "written": written[i],
-                        "captions": [str(text) for text in said[kept[i]]],
-                        "cider": float(scores.cider[i]),
-                    }
-                    for i in range(min(SHOWN, len(kept)))
-                ]
-            },
+            details={"captions": [said_of(i) for i in some], "worst": [said_of(i) for i in worst]},
         )
 
     def _written(self, model: MultiEncoder, data: Embedded, positions: Sequence[int]) -> list[str]:
@@ -113,12 +111,17 @@ class Captions(EmbeddedTask):
 
         c = self.config
         kind = data.kinds[c.modality]
-        found: list[str] = []
-        for start in tqdm(range(0, len(positions), _CHUNK), desc="caption", disable=not sys.stderr.isatty()):
-            chunk = [data.source.values(p, c.modality, kind)[0] for p in positions[start : start + _CHUNK]]
-            settings: dict[str, Any] = {"head": c.head, "method": c.method, "beams": c.beams}
-            found += model.caption(chunk, max_tokens=c.max_tokens, **settings)
-        return found
+        settings: dict[str, Any] = {"head": c.head, "method": c.method, "beams": c.beams, "max_tokens": c.max_tokens}
+        chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
+        hidden = world().rank > 0 or not sys.stderr.isatty()
+        with tqdm(total=len(positions), desc="caption", unit="sample", disable=hidden) as bar:
+
+            def write(chunk: Sequence[int]) -> list[str]:
+                said = model.caption([data.source.values(p, c.modality, kind)[0] for p in chunk], **settings)
+                bar.update(len(chunk) * world().size)
+                return said
+
+            return [text for said in values_in_parts(write, chunks) for text in said]
 
 
 def words(text: str) -> str:

@@ -21,6 +21,7 @@ from mmcontrast.config import ConfigError, RunError
 from mmcontrast.sharding import World
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _world: ContextVar[World | None] = ContextVar("world", default=None)
 
@@ -75,13 +76,7 @@ def in_parts(work: Callable[[T], Tensor], pieces: Sequence[T]) -> list[Tensor]:
         Exception: as `agree`.
     """
     ranks = world()
-    found: dict[int, Tensor] = {}
-    problem: Exception | None = None
-    try:
-        found = {number: work(pieces[number]) for number in range(ranks.rank, len(pieces), ranks.size)}
-    except Exception as error:
-        problem = error
-    agree(problem)
+    found = _own(work, pieces)
     shapes: dict[int, Sequence[int]] = {}
     for of_rank in ranks.gather_objects({number: tuple(t.shape) for number, t in found.items()}):
         shapes |= of_rank
@@ -91,3 +86,28 @@ def in_parts(work: Callable[[T], Tensor], pieces: Sequence[T]) -> list[Tensor]:
         everywhere.append(torch.empty(*shapes[number]) if part is None else part.contiguous())
         ranks.broadcast(everywhere[-1], number % ranks.size)
     return everywhere
+
+
+def values_in_parts(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
+    """The same of small plain values, such as texts.
+
+    Raises:
+        Exception: as `agree`.
+    """
+    found: dict[int, R] = {}
+    for of_rank in world().gather_objects(_own(work, pieces)):
+        found |= of_rank
+    return [found[number] for number in range(len(pieces))]
+
+
+def _own(work: Callable[[T], R], pieces: Sequence[T]) -> dict[int, R]:
+    """Number of a piece -> what this rank makes of it; the same problem on all ranks."""
+    ranks = world()
+    found: dict[int, R] = {}
+    problem: Exception | None = None
+    try:
+        found = {number: work(pieces[number]) for number in range(ranks.rank, len(pieces), ranks.size)}
+    except Exception as error:
+        problem = error
+    agree(problem)
+    return found

@@ -19,6 +19,7 @@ from mmcontrast.eval.captions import Captions, Scores, words
 from mmcontrast.eval.statistics import value
 from mmcontrast.shard_writer import Sample
 from tests import coca, tiny
+from tests.test_page import Reader
 
 WRITTEN = ("a red square on the left", "two bars", "a green green corner", "blue", "the big black bar of the two bars")
 CAPTIONS = (
@@ -144,12 +145,18 @@ def test_the_question_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     want = Scores([words(written[i]) for i in kept], [[words(c) for c in captions[i]] for i in kept])
     spec = tmp_path / "captions.yaml"
     spec.write_text("data: shards\ntexts: ['json:captions']\ntasks: [captions]\n")
-    main(["eval", str(run), str(spec), "--json", str(tmp_path / "found.json")])
+    main(["eval", str(run), str(spec), "--json", str(tmp_path / "found.json"), "--report", str(tmp_path / "page.html")])
     (found,) = json.loads((tmp_path / "found.json").read_text())
     assert found["task"] == "captioning" and found["metrics"]["samples"] == 34 and found["metrics"]["captions"] == 68
     for name, statistic in want.statistics().items():
         assert found["metrics"][name] == pytest.approx(value(statistic, 34), abs=1e-9)
     assert found["metrics"]["Bleu_4"] == found["metrics"]["bleu4"] and "cider_chance" in found["metrics"]
+    page = (tmp_path / "page.html").read_text()
+    read = Reader(page[: page.index("<script>")] + "</body></html>")
+    assert len(read.named("img")) == 12 and "cannot be" not in page
+    lowest = kept[int(want.cider.argmin())]
+    for text in (written[lowest], *captions[lowest], f"CIDEr {want.cider.min():.2f}"):
+        assert text in read.text
     # A model that writes what people wrote reaches the most there is, and another sample's text does not.
     answers = iter([captions[i][0] for i in kept])
     monkeypatch.setattr(type(model), "caption", lambda self, values, **_: [next(answers) for _ in values])  # type: ignore[misc]
@@ -160,7 +167,8 @@ def test_the_question_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     best = Captions.Config(data=()).build().score(model, data)
     assert best.metrics["exact"].value == 1 and best.metrics["bleu1"].value == pytest.approx(1)
     assert best.chance["exact_chance"] == 0 and 0 < best.chance["bleu1_chance"] < 1
-    assert [d["written"] for d in best.details["captions"]] == [captions[i][0] for i in kept]
+    shown = sorted(best.details["captions"], key=lambda d: d["position"])
+    assert [(d["position"], d["written"]) for d in shown] == [(i, captions[i][0]) for i in kept]
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmcontrast.cli import main
 from mmcontrast.config import ConfigError, RunError
 from mmcontrast.encoders import MultiEncoder
 from mmcontrast.eval import embed as embedding
+from mmcontrast.eval.captions import Captions
 from mmcontrast.eval.embed import EmbeddingCache, embed
 from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.models import load_asked
@@ -28,7 +29,7 @@ from mmcontrast.eval.together import Elsewhere, agree, in_parts, sharing
 from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
 from mmcontrast.shard_writer import Sample
 from mmcontrast.sharding import World
-from tests import tiny
+from tests import coca, tiny
 from tests.conftest import GlooPool
 from tests.shapes import write_shapes
 
@@ -84,6 +85,34 @@ def test_ranks_together_answer_what_one_process_answers(gloo: GlooPool, folder: 
     for size in (2, 4):
         for found in gloo(size, _asked, folder, batch):
             assert found == want
+
+
+def _described(group: Any, folder: Path) -> tuple[dict[str, Any], int]:
+    with sharing(World(group)):
+        return _written(folder)
+
+
+def _written(folder: Path) -> tuple[dict[str, Any], int]:
+    """What the model writes, and of how many samples it wrote here."""
+    model, asked = load(folder / "writer"), list[int]()
+    caption = model.caption
+
+    def counted(values: Sequence[Any], **settings: Any) -> list[str]:
+        asked.append(len(values))
+        return caption(values, **settings)
+
+    model.caption = counted  # type: ignore[method-assign]
+    task = Captions.Config(data=(str(folder / "described"),), max_tokens=4).build()
+    return {**task.run(model), "said": task.details()["details"]["captions"]}, sum(asked)
+
+
+def test_each_rank_writes_a_part_of_the_captions(gloo: GlooPool, tmp_path: Path) -> None:
+    tiny.write_run(tmp_path / "writer", coca.model_config())
+    tiny.write_shards(tmp_path / "described", tiny.samples(150))
+    want, whole = _written(tmp_path)
+    assert whole == 150 and len({entry["written"] for entry in want["said"]}) > 1
+    found = gloo(2, _described, tmp_path)
+    assert [of_rank for of_rank, _ in found] == [want, want] and [n for _, n in found] == [86, 64]
 
 
 def _counted(group: Any, n: int, m: int) -> list[Any]:
