@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmcontrast.eval.sources import Source
 from mmcontrast.eval.spec import PROMPTED, Spec
 from mmcontrast.eval.task import Task
 from mmcontrast.eval.trained import TrainedTask
+from mmcontrast.launch import device_of
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,23 @@ class Answer:
         return found
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """How data are embedded; it changes no answer but by rounding.
+
+    Attributes:
+        batch_size: samples encoded at once.
+        workers: processes that read and decode, of each that encodes; by default as `embed` chooses.
+        cache: folder where embeddings are kept, to be read by whoever asks the same model about the same data again.
+    """
+
+    batch_size: int = 128
+    workers: int | None = None
+    cache: Path | None = None
+
+
 def answer(
-    models: Sequence[Asked], specs: Sequence[Spec.Config], *, cache: Path | None = None
+    models: Sequence[Asked], specs: Sequence[Spec.Config], *, embedding: Embedding = Embedding()
 ) -> tuple[list[Answer], list[str]]:
     """Every question about every data set, each embedded once per model; the first is compared with the second.
 
@@ -80,7 +97,7 @@ def answer(
     Args:
         models: who is asked.
         specs: the data sets and their questions.
-        cache: folder where embeddings are kept, to be read by whoever asks the same model about the same data again.
+        embedding: how they are embedded.
 
     Returns:
         The answers, those of the first model first for each data set; and what was left out, and why.
@@ -93,7 +110,7 @@ def answer(
     for config in specs:
         spec: Spec = config.build()
         source = spec.open()
-        of_models = [_ask(model, spec, source, problems, cache) for model in models]
+        of_models = [_ask(model, spec, source, problems, embedding) for model in models]
         for task, found in of_models[0].items():
             if len(models) > 1 and task in of_models[1]:
                 differences = compare(found.result, of_models[1][task].result)
@@ -104,7 +121,7 @@ def answer(
 
 
 def _ask(
-    asked: Asked, spec: Spec, source: Source, problems: list[str], folder: Path | None
+    asked: Asked, spec: Spec, source: Source, problems: list[str], embedding: Embedding
 ) -> dict[tuple[str, str | None], Answer]:
     """(Task, language) -> its answer."""
     model, name, languages = asked.model, spec.config.name, spec.config.languages
@@ -117,8 +134,15 @@ def _ask(
     wanted = list(dict.fromkeys(m for task in tasks.values() for m in task.modalities()))
     # Without those that no sample has: pictures with labels alone can still be classified.
     there = [m for m in wanted if has(source, model, m)]
-    cache = None if folder is None else EmbeddingCache(folder, asked.identity)
-    data = embed(model, source, modalities=there or wanted, progress=sys.stderr.isatty(), cache=cache)
+    embedded = partial(
+        embed,
+        model,
+        batch_size=embedding.batch_size,
+        workers=embedding.workers,
+        progress=sys.stderr.isatty(),
+        cache=None if embedding.cache is None else EmbeddingCache(embedding.cache, asked.identity),
+    )
+    data = embedded(source, modalities=there or wanted)
     learning = list(dict.fromkeys(m for t in tasks.values() if isinstance(t, TrainedTask) for m in t.modalities()))
     found: dict[tuple[str, str | None], Answer] = {}
     failed: list[str] = []
@@ -126,9 +150,7 @@ def _ask(
     for (key, language), task in tasks.items():
         try:
             if isinstance(task, TrainedTask):
-                train = train or embed(
-                    model, spec.open_train(), modalities=learning, progress=sys.stderr.isatty(), cache=cache
-                )
+                train = train or embedded(spec.open_train(), modalities=learning)
                 result = task.score(model, data, train)
             else:
                 result = task.score(model, data)
@@ -160,7 +182,7 @@ def answer_again(path: Path, *, trust: Collection[str] = ()) -> list[Answer]:
     if not named:
         raise ConfigError(f"the recipe of {path} asks no questions; name shards: mmcontrast eval MODEL DATA…")
     settings = {n: from_dict(value, trust=trust, where=f"evaluators.{n}") for n, value in named.items()}
-    asked = load_asked(path, trust=trust)
+    asked = load_asked(path, trust=trust, device=device_of())
     found: list[Answer] = []
     for name, config in settings.items():
         task = config.build()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmcontrast.config import ConfigError
 from mmcontrast.data.compose import Compose
 from mmcontrast.data.reader import Reader
+from mmcontrast.data.threads import processors
 from mmcontrast.encoders.base import Transform
 from mmcontrast.encoders.multi import MultiEncoder
 from mmcontrast.eval.embedded import Embedded
@@ -25,6 +26,7 @@ from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import BadSample, ShardSet
 
 _CHUNKS = 32  # batches of a part at most: so many are embedded again after a crash
+_WORKERS = 8
 _PARTS = 64  # of any data that are large enough: ranks that can share them
 
 
@@ -165,7 +167,7 @@ def embed(
     compose: Compose.Config | None = None,
     draw: int = 0,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = False,
     cache: EmbeddingCache | None = None,
 ) -> Embedded:
@@ -181,13 +183,19 @@ def embed(
         compose: how an example is made of samples in shards; by default it is one sample as it is.
         draw: which of the examples that `compose` can make of an anchor; each number always means the same ones.
         batch_size: samples encoded at once.
-        workers: processes that read and decode; 0 does it in this one.
+        workers: processes that read and decode; 0 does it in this one. By default 0 where the model is on the CPU,
+            which it keeps busy, and 8 beside a GPU, or this rank's share of the processors.
         progress: show a bar on standard error.
         cache: where embeddings are kept; composed examples are not.
 
     Raises:
-        ConfigError: data that cannot be opened, a modality that no sample has, or no sample left.
+        ConfigError: data that cannot be opened, a modality that no sample has, no sample left, or settings that make
+            no sense.
     """
+    if workers is None:
+        workers = 0 if next(model.parameters()).device.type == "cpu" else min(_WORKERS, processors())
+    if workers < 0 or batch_size < 1:
+        raise ConfigError(f"workers is {workers} and batch_size {batch_size}; at least 0 and 1 are needed")
     transforms = {m: model.encoder(m).transform(train=False) for m in modalities or model.modalities}
     source = Shards(data) if isinstance(data, ShardSet) else open_data(data) if isinstance(data, Sequence) else data
     reader, facts = None, dict[str, float]()
@@ -345,6 +353,7 @@ def _embedded(
         disable=not progress,
     )
     order = [chunk for part in left.values() for chunk in part]
+    workers = min(workers, len(order))
     loaded: Iterator[_Chunk] = iter(DataLoader(chunks, batch_size=None, sampler=order, num_workers=workers))
     with bar:
         for number, part in left.items():

@@ -62,17 +62,24 @@ class Asked:
     training: Training = Training()
 
 
-def load_asked(given: str | Path, *, trust: Collection[str] = ()) -> Asked:
+def load_asked(given: str | Path, *, trust: Collection[str] = (), device: torch.device | None = None) -> Asked:
     """A model by what it is called.
 
     Args:
         given: a run folder or one of its step-N folders; a folder of transformers (CLIP, CLAP, SigLIP …); or
             `ARCHITECTURE,WEIGHTS` of open_clip, where WEIGHTS is a file or a name that open_clip downloads.
         trust: modules beside mmcontrast whose classes a run's config may name.
+        device: where it embeds; by default the CPU.
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
+    asked = _loaded(given, trust)
+    asked.model.to(device or "cpu")
+    return asked
+
+
+def _loaded(given: str | Path, trust: Collection[str]) -> Asked:
     path = Path(given)
     if path.is_dir() and _config(path).get("model_type"):
         return _transformers(path)

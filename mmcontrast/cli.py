@@ -126,6 +126,8 @@ def evaluate(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     report: Path | None = None,
     cache: Path | None = None,
+    workers: int | None = None,
+    batch_size: int = 128,
     trust: tuple[str, ...] = (),
 ) -> None:
     """Ask a model questions about data; without data, the questions that its recipe asks.
@@ -150,13 +152,17 @@ def evaluate(
         report: also write a page with charts, and samples to look at and to hear.
         cache: keep embeddings of data in this folder; they are read when the same weights meet the same data again,
             and embedding that was ended goes on.
+        workers: processes that read and decode, of each that encodes; by default 8 beside a GPU if there are as many
+            processors, and none on a CPU.
+        batch_size: samples encoded at once.
         trust: modules or .py files whose classes the run's config may name.
     """
-    from mmcontrast.eval.answer import answer, answer_again, write_answers
+    from mmcontrast.eval.answer import Embedding, answer, answer_again, write_answers
     from mmcontrast.eval.models import load_asked
     from mmcontrast.eval.report import as_table
     from mmcontrast.eval.spec import override, read_spec
     from mmcontrast.eval.together import Elsewhere, sharing
+    from mmcontrast.launch import device_of
     from mmcontrast.sharding import launched
 
     problems: list[str] = []
@@ -171,8 +177,10 @@ def evaluate(
                 specs = [
                     override(read_spec(name), tasks=tasks, templates=templates, train=train, **said) for name in data
                 ]
-                models = [load_asked(name, trust=trust) for name in (model, against) if name is not None]
-                answers, problems = answer(models, specs, cache=cache)
+                names = [name for name in (model, against) if name is not None]
+                models = [load_asked(name, trust=trust, device=device_of()) for name in names]
+                embedding = Embedding(batch_size, workers, cache)
+                answers, problems = answer(models, specs, embedding=embedding)
         except Elsewhere:
             raise SystemExit(2) from None
     if ranks.rank:
@@ -221,21 +229,26 @@ def caption(
         trust: modules or .py files whose classes the run's config may name.
     """
     from mmcontrast.checkpoint import load
+    from mmcontrast.launch import device_of
     from mmcontrast.shards import BadSample
 
     if not files:
         raise ConfigError("caption needs at least one file: mmcontrast caption MODEL PICTURE…")
     try:
-        texts = load(model, trust=trust).caption(
-            files,
-            head=head,
-            method=method,
-            beams=beams,
-            top_p=top_p,
-            temperature=temperature,
-            seed=seed,
-            max_tokens=max_tokens,
-            repetition_penalty=repetition_penalty,
+        texts = (
+            load(model, trust=trust)
+            .to(device_of())
+            .caption(
+                files,
+                head=head,
+                method=method,
+                beams=beams,
+                top_p=top_p,
+                temperature=temperature,
+                seed=seed,
+                max_tokens=max_tokens,
+                repetition_penalty=repetition_penalty,
+            )
         )
     except BadSample as error:
         raise ConfigError(str(error)) from None

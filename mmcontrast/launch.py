@@ -1,15 +1,21 @@
-"""Whether the processes that were started know each other: each would train alone, and over the others' files.
+"""Whether the processes that were started know each other, and which device each has.
 
-A launcher says in its environment how many it has started; Accelerate says how many it has found.
+A launcher says in its environment how many it has started, Accelerate how many it has found; each of those that do not
+know each other would train alone, and over the others' files.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mmcontrast.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_launch(found: int, environment: Mapping[str, str], *, launcher: Sequence[str] = (), gpus: int = 0) -> None:
@@ -53,6 +59,19 @@ def check_launch(found: int, environment: Mapping[str, str], *, launcher: Sequen
     if gpus > 1 and found == 1:
         words = _command(f"--nproc_per_node {gpus}")
         print(f"mmcontrast: one process uses one of {gpus} GPUs; all of them: {words}", file=sys.stderr)
+
+
+def device_of(process: int | None = None) -> torch.device:
+    """The GPU of a process of this machine, by default of this one, or the CPU where there is none.
+
+    Args:
+        process: its number among those of this machine; several share a GPU where there are more of them.
+    """
+    import torch
+
+    number = int(os.environ.get("LOCAL_RANK", "0")) if process is None else process
+    gpus = torch.cuda.device_count()
+    return torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
 
 
 def launcher() -> list[str]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -101,6 +102,11 @@ class World:
         sums = self.sum([(t - p).exp() for t, p in zip(tensors, peaks, strict=True)])
         return [s.log() + p for s, p in zip(sums, peaks, strict=True)]
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """One small picklable value of every rank, for reports between the run's own processes."""
         if self.size == 1:
@@ -110,24 +116,36 @@ class World:
         return values
 
 
-@contextmanager
-def launched() -> Generator[World]:
+def meet() -> World:
     """The processes that torchrun or `accelerate launch` started, which exchange what lies on the CPU; or this one.
 
     Raises:
         ConfigError: they cannot find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield World()
-        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        try:
+            # Of those that share long work one may have nothing left to do, and wait for hours.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        except (RuntimeError, ValueError) as error:
+            said = f"the processes cannot find each other: {str(error)[:200]}; launch with torchrun"
+            raise ConfigError(said) from None
+    return World()
+
+
+@contextmanager
+def launched() -> Generator[World]:
+    """`meet`, and part at the end.
+
+    Raises:
+        ConfigError: they cannot find each other.
+    """
+    before = dist.is_available() and dist.is_initialized()
+    ranks = meet()
     try:
-        dist.init_process_group("gloo")
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the processes cannot find each other: {str(error)[:200]}; launch with torchrun") from None
-    try:
-        yield World()
+        yield ranks
     finally:
-        dist.destroy_process_group()
+        if ranks.size > 1 and not before:
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,8 @@ def test_the_step_benchmark_runs() -> None:
     assert ratios["grad_error_open_clip"] < 1e-5 and ratios["grad_error_gradcache"] < 1e-5
     assert ratios["scale_grad_ratio_gradcache"] == pytest.approx(1, abs=1e-5)
     assert ratios["scale_grad_ratio_open_clip"] == pytest.approx(4, abs=1e-4), "its gradient is K times the true one"
-    assert {"step/ours", "step/GradCache", "growth/16", "error/ours"} <= {arm["arm"] for arm in found.arms}
+    told = {arm["arm"] for arm in found.arms}
+    assert {"step/ours", "step/GradCache", "flat/16", "flat_tiny/16", "error/ours"} <= told
 
 
 def test_the_error_of_a_step_would_show() -> None:

@@ -75,7 +75,7 @@ MAY = {
     | {"parallel", "arguments", "page", "charts", "processes", "check"},
     "report": {"config", "checkpoint", "not_finite", "page", "charts", "eval", "report"},
     "eval": LOW
-    | {"sharding", "check", "heads"}
+    | {"sharding", "check", "heads", "launch"}
     | {"encoders", "objectives", "data", "checkpoint", "manifest", "arguments", "tables", "page", "charts", "geometry"}
     | {"remote", "eval"},
     "data_prep": LOW | {"shard_writer", "manifest", "remote", "shard_cache", "processes", "tables", "data_prep"},

@@ -21,6 +21,7 @@ from mmcontrast.config import ConfigError
 from mmcontrast.eval.index import Index, Stored, add, build_index, partitions
 from mmcontrast.eval.models import load_asked
 from mmcontrast.shard_writer import Sample
+from mmcontrast.sharding import World
 from tests import hf_models, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,6 +237,8 @@ def test_torchrun_and_processes_are_one_too_many(folder: Path, tmp_path: Path) -
     from mmcontrast.eval.index.intake import Encoding, Intake
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitions.Team, "here", classmethod(lambda cls: partitions.Team(0, 2)))  # pyright: ignore
+        several = World.alone()
+        several.size = 2
+        patch.setattr("mmcontrast.eval.index.intake.meet", lambda: several)
         with pytest.raises(ConfigError, match="torchrun starts the processes that encode; leave --processes out"):
             Intake([str(folder / "shards")], open_model(folder / "run"), "image", Encoding(processes=2))

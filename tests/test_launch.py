@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmcontrast.config import ConfigError
-from mmcontrast.launch import check_launch
+from mmcontrast.launch import check_launch, device_of
 from mmcontrast.lock import NAME, alone
 from mmcontrast.trainer import Trainer
 from tests.shapes import write_shapes
@@ -64,6 +65,15 @@ def test_one_process_of_many_gpus_is_told(capsys: pytest.CaptureFixture[str]) ->
     assert "one process uses one of 8 GPUs; all of them: torchrun --nproc_per_node 8" in capsys.readouterr().err
     check_launch(8, TORCHRUN, gpus=8)
     assert not capsys.readouterr().err
+
+
+def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device_of() == torch.device("cuda", 0) and device_of(3) == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert device_of() == torch.device("cuda", 2), "of more processes than GPUs some share one"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device_of() == torch.device("cpu")
 
 
 def test_a_task_that_thinks_it_is_alone_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

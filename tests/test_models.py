@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmcontrast import decode
 from mmcontrast.cli import main
 from mmcontrast.config import ConfigError
 from mmcontrast.eval.models import load_asked, pil_image
-from tests import tiny
+from tests import coca, tiny
 from tests.test_layouts import picture, sound, text
 
 TEXT = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -160,3 +161,22 @@ def test_folders_that_cannot_be_loaded(tmp_path: Path) -> None:
     text(tmp_path / "odd" / "config.json", json.dumps({"model_type": "nothing-known"}))
     with pytest.raises(ConfigError, match="cannot be loaded with transformers"):
         load_asked(tmp_path / "odd")
+
+
+def test_models_are_asked_on_the_device_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without memory: what comes from it cannot be read, and what does not lie on it cannot be mixed in."""
+    run, meta = tiny.write_run(tmp_path / "run", coca.model_config()), torch.device("meta")
+    clip = _clip(tmp_path / "clip")
+    for given in (run, clip):
+        model = load_asked(given, device=meta).model
+        assert {t.device for t in (*model.parameters(), *model.buffers())} == {meta}
+        prepared = model.encoder("image").transform(train=False)
+        x = prepared.collate([prepared(decode.picture(tiny.png("red")))])
+        assert model.embed("image", x).device == meta
+    monkeypatch.setattr("mmcontrast.launch.device_of", lambda: meta)
+    tiny.write_shards(tmp_path / "shards", tiny.samples(3))
+    red = tmp_path / "red.png"
+    red.write_bytes(tiny.png("red"))
+    for words in (["eval", str(run), str(tmp_path / "shards"), "--workers", "0"], ["caption", str(run), str(red)]):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            main(words)

@@ -103,7 +103,7 @@ def build_index(
     intake = Intake(shards, origin, modality, encoding)
     choose(1, identity["dim"], **_wanted(asked))  # a setting that makes no sense is said before hours of work
     held_out = None if queries is None else given_queries(origin.model, queries, query_modality)
-    if intake.team.rank:
+    if intake.ranks.rank:
         intake.helps(out, identity)
         return read_manifest(out)
     with Update(out, create=True) as update:

@@ -56,7 +56,7 @@ def add(
     identity = identity_of(origin, before["modality"])
     check_same(before, identity, str(folder), origin.place)
     intake = Intake(shards, origin, before["modality"], encoding, source=len(before["sources"]))
-    if intake.team.rank:
+    if intake.ranks.rank:
         intake.helps(folder, identity)
         return read_manifest(folder)
     with Update(folder) as update:

@@ -13,9 +13,10 @@ from mmcontrast.data.reader import Reader
 from mmcontrast.eval.embed import has
 from mmcontrast.eval.index.embeddings import fingerprint_of, is_embeddings, read_embeddings
 from mmcontrast.eval.index.identity import Origin
-from mmcontrast.eval.index.partitions import POOL, Team, Work, embed_partitions, read_parts
+from mmcontrast.eval.index.partitions import POOL, Work, embed_partitions, read_parts
 from mmcontrast.eval.index.segment import Part
 from mmcontrast.eval.index.store import PARTITIONS
+from mmcontrast.sharding import meet
 from mmcontrast.shards import open_shards
 
 Skipped = list[tuple[str, str, str]]
@@ -58,8 +59,8 @@ class Intake:
             ConfigError: shards or embeddings that cannot be read, or without the modality.
         """
         self.places, self.modality, self.source, self.dim = places, modality, source, origin.model.config.dim
-        self.team = Team.here()
-        if self.team.size > 1 and encoding.processes is not None:
+        self.ranks = meet()
+        if self.ranks.size > 1 and encoding.processes is not None:
             raise ConfigError("torchrun starts the processes that encode; leave --processes out")
         self.work: Work | None = None
         if any(map(is_embeddings, places)):
@@ -84,8 +85,8 @@ class Intake:
     def helps(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """Embed with the others that torchrun started, until all is embedded and the first of them is done with it."""
         if self.work is not None:
-            embed_partitions(folder / PARTITIONS, self.work, self._plan(plan), self.team)
-        self.team.wait()
+            embed_partitions(folder / PARTITIONS, self.work, self._plan(plan), self.ranks)
+        self.ranks.wait()
 
     def take(self, folder: Path, plan: Mapping[str, Any], *, progress: bool = False) -> tuple[list[Part], Skipped]:
         """Vectors and rows, and the samples that were skipped.
@@ -101,7 +102,7 @@ class Intake:
         if self.work is None:
             parts, skipped = read_embeddings(Path(self.places[0]), self.modality, self.dim, source=self.source), []
         else:
-            embed_partitions(folder / PARTITIONS, self.work, self._plan(plan), self.team, progress=progress)
+            embed_partitions(folder / PARTITIONS, self.work, self._plan(plan), self.ranks, progress=progress)
             parts, skipped = read_parts(folder / PARTITIONS, self.work)
         parts = [part for part in parts if len(part.rows)]
         if not parts:
@@ -113,7 +114,7 @@ class Intake:
     def clean(self, folder: Path) -> None:
         """Remove what was kept, now that the index has it; the others of torchrun may go on."""
         shutil.rmtree(folder / PARTITIONS, ignore_errors=True)
-        self.team.wait()
+        self.ranks.wait()
 
     def _plan(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         return {**plan, "data": self.data, "source": self.source}

@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ from mmcontrast.eval.index.segment import Part, write_rows
 from mmcontrast.eval.index.vectors import open_vectors, write_vectors
 from mmcontrast.eval.models import load_asked
 from mmcontrast.eval.parts import Parts
+from mmcontrast.launch import device_of
+from mmcontrast.sharding import World
 from mmcontrast.shards import FORMATS, BadSample, ShardSet
 
 SAMPLES = 8192
@@ -73,41 +74,6 @@ class Work:
         return [range(start, min(start + SAMPLES, n)) for start in range(0, n, SAMPLES)]
 
 
-@dataclass(frozen=True)
-class Team:
-    """The processes that torchrun started, or this one alone.
-
-    Attributes:
-        rank: of this one; 0 writes the index.
-        size: how many there are.
-        local: of this one among those of its machine.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
-
-    @classmethod
-    def here(cls) -> Team:
-        """What the environment says; several processes meet by gloo or NCCL, through Accelerate."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        state = _meet()
-        return cls(state.process_index, state.num_processes, state.local_process_index)
-
-    def wait(self) -> None:
-        """Until all are here; if one of them fails, torchrun ends all."""
-        if self.size > 1:
-            _meet().wait_for_everyone()
-
-
-def _meet() -> Any:
-    from accelerate import PartialState
-
-    # One that has nothing left to embed waits for the others: for hours, if samples are large.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-
-
 class _Batches(Dataset[tuple[Batch, list[Example]]]):
     """Batch number -> the batch and its examples, of some samples; damaged ones left out and named."""
 
@@ -132,7 +98,7 @@ class _Batches(Dataset[tuple[Batch, list[Example]]]):
 
 
 def embed_partitions(
-    folder: Path, work: Work, plan: Mapping[str, Any], team: Team | None = None, *, progress: bool = False
+    folder: Path, work: Work, plan: Mapping[str, Any], ranks: World | None = None, *, progress: bool = False
 ) -> None:
     """Embed what is not embedded yet; partitions of another plan are removed first.
 
@@ -140,25 +106,25 @@ def embed_partitions(
         folder: of the partitions, on a disk that all processes see.
         work: what is embedded.
         plan: what the vectors depend on.
-        team: the processes that torchrun started; each calls this, and goes on when all is embedded.
+        ranks: the processes that torchrun started; each calls this, and goes on when all is embedded.
         progress: show a bar on standard error.
 
     Raises:
         ConfigError: shards or a modality that cannot be read, or a process that failed.
     """
-    team = team or Team()
+    ranks = ranks or World.alone()
     plan = {**plan, "samples": SAMPLES}
-    if team.rank == 0:
+    if ranks.rank == 0:
         Parts(folder, plan)  # alone, since parts of another plan are removed
-    team.wait()
+    ranks.wait()
     parts = Parts(folder, plan)
     count = work.processes or max(1, torch.cuda.device_count())
     if count < 1:
         raise ConfigError(f"processes is {work.processes}; at least 1 must encode")
-    with _Watch(work, parts, progress, team.size) as watch:
-        if count == 1 or team.size > 1:
-            _encode(parts, work, team.local, watch.add)
-            team.wait()
+    with _Watch(work, parts, progress, ranks.size) as watch:
+        if count == 1 or ranks.size > 1:
+            _encode(parts, work, device_of(), watch.add)
+            ranks.wait()
             return
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, and hang
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
@@ -195,7 +161,7 @@ def _process(parts: Parts, work: Work, rank: int, count: int, pipe: Any) -> None
     try:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
-        _encode(parts, work, rank, pipe.send)
+        _encode(parts, work, device_of(rank), pipe.send)
         pipe.send(None)
     except BaseException as error:
         pipe.send(f"{error}" if isinstance(error, ConfigError) else repr(error))
@@ -220,11 +186,9 @@ def _listen(pipes: Sequence[Any], add: Callable[[int], None]) -> None:
                 add(said)
 
 
-def _encode(parts: Parts, work: Work, rank: int, add: Callable[[int], None]) -> None:
+def _encode(parts: Parts, work: Work, device: torch.device, add: Callable[[int], None]) -> None:
     """Embed every partition that nobody has embedded and nobody is embedding."""
-    model = load_asked(work.model, trust=work.trust).model
-    if torch.cuda.is_available():
-        model.to(f"cuda:{rank % torch.cuda.device_count()}")
+    model = load_asked(work.model, trust=work.trust, device=device).model
     names = work.modality.split(POOL)
     reader = Reader(work.shards, {m: model.encoder(m).transform(train=False) for m in names}, lacking=True)
     for number, samples in enumerate(work.partitions):
