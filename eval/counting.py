@@ -32,11 +32,11 @@ R = TypeVar("R")
 
 BLOCK = 512
 """Rows of a tile: with its columns 4 MB of scores."""
-_WIDTH = 2048
+_WIDTH = 31 * 64  # with a power of two all of a column would fall into the same few lines of a cache
 _GROUP = 64  # G, or what divides a narrower tile
 _GROUPS = 1 << 11  # that are looked through at once: with two copies 1.5 MB, a core's cache
-_NUMBERS = 1 << 15  # of each side of the pairs that are scored in float64 at once: 256 kB
-_PAIRS = 1 << 12  # that a thread takes at once
+_NUMBERS = 1 << 17  # of each side of the pairs that are scored in float64 at once: 1.5 MB with their copies
+_PAIRS = 1 << 13  # that a thread takes at once; fewer pass sooner than threads start
 _ROWS = 64  # that are scored in float64 at once
 _LARGE = 32  # right candidates from which a matrix product is faster than pair by pair
 
@@ -178,7 +178,7 @@ class _Side:
 
 
 class _Counting:
-    """One thread's memory and counts."""
+    """Counts of one block after the other, in the same memory."""
 
     def __init__(self, forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
         self.directions = [forward] if backward is None else [forward, backward]
@@ -212,8 +212,16 @@ def count(forward: Direction, backward: Direction | None, right: Right, block: i
     n, ranks = len(forward.queries), world()
     blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)][ranks.rank :: ranks.size]
 
+    idle: list[_Counting] = []  # as many as there are threads, in the end
+
     def some(rows: slice) -> list[Tensor]:
-        return _Counting(forward, backward, right, rows.stop - rows.start).count(rows)
+        try:
+            counting = idle.pop()
+        except IndexError:
+            counting = _Counting(forward, backward, right, min(block, n))
+        found = counting.count(rows)
+        idle.append(counting)
+        return found
 
     with _full_precision():
         for rows, found in zip(blocks, _on_cores(some, blocks), strict=True):
@@ -255,7 +263,7 @@ def best_right(x: Tensor, y: Tensor, right: Right, depth: int) -> Tensor:
     for label in labels[right.count > _LARGE].unique():
         columns = (right.candidate_labels == label).nonzero()[:, 0]
         for rows in (labels == label).nonzero()[:, 0].split(_ROWS):
-            for part in columns.split(max(1, 8 * _NUMBERS // x.shape[1])):
+            for part in columns.split(max(1, 2 * _NUMBERS // x.shape[1])):
                 scores = torch.cat([found[rows], x[rows].double() @ y[part].double().T], 1)
                 found[rows] = scores.topk(k).values
     return torch.where(found > -torch.inf, found, torch.inf)

@@ -42,7 +42,7 @@ def rank_both_ways(
 ) -> tuple[Ranks, Ranks]:
     """Ranks of y for queries x, and of x for queries y, from one matrix product.
 
-    Beside its inputs it holds, in each thread, [block, 2048] scores and 2 MB.
+    Beside its inputs it holds, in each thread, [block, 1984] scores and 5 MB.
 
     Args:
         x: [n, D] float32; a score is an inner product. Where a row is not finite, nothing is found with it, and it
