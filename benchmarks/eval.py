@@ -106,7 +106,7 @@ def peers(plan: Plan, report: Report) -> None:
         "CLIP_benchmark": arms.clip_benchmark_retrieval(n, d),
     }
     _same({name: work() for name, work in works.items()}, report, tolerance=1e-6)  # theirs are means in float32
-    seconds = alternate(works, rounds=max(1, plan.rounds // 2))
+    seconds = alternate(works, rounds=plan.rounds)
     report.timed(seconds, prefix="peers", n=n, d=d, threads=plan.threads)
     report.ratios["retrieval_time_vs_open_clip"] = median_ratio(seconds, "ours", "open_clip")
     report.ratios["retrieval_time_vs_clip_benchmark"] = median_ratio(seconds, "ours", "CLIP_benchmark")

@@ -35,8 +35,9 @@ BLOCK = 512
 _WIDTH = 31 * 64  # with a power of two all of a column would fall into the same few lines of a cache
 _GROUP = 64  # G, or what divides a narrower tile
 _GROUPS = 1 << 11  # that are looked through at once: with two copies 1.5 MB, a core's cache
-_NUMBERS = 1 << 17  # of each side of the pairs that are scored in float64 at once: 1.5 MB with their copies
+_NUMBERS = 1 << 16  # of each side of the pairs that are scored in float64 at once: 0.75 MB with their copies
 _PAIRS = 1 << 13  # that a thread takes at once; fewer pass sooner than threads start
+_NEAR = 1 << 10  # pairs that wait to be scored together
 _ROWS = 64  # that are scored in float64 at once
 _LARGE = 32  # right candidates from which a matrix product is faster than pair by pair
 
@@ -96,6 +97,10 @@ class Pairs:
         step = len(self._single[0])
         return torch.cat([self._some(*places) for places in zip(i.split(step), j.split(step), strict=True)])
 
+    def turned(self, j: Tensor, i: Tensor) -> Tensor:
+        """Places in y and x."""
+        return self(i, j)
+
     def _some(self, i: Tensor, j: Tensor) -> Tensor:
         n = len(i)
         for z, at, single, double in zip(self.sides, (i, j), self._single, self._double, strict=True):
@@ -142,39 +147,55 @@ class Direction:
         return max(self.depths[queries.start // BLOCK : -(-queries.stop // BLOCK)])
 
 
-class _Side:
-    """One direction on one tile; its queries are the rows (`dim` 1), or the columns (0).
+class _Tally:
+    """What one block of scores adds to `before` of one direction.
+
+    Pairs that are too close to tell in float32 wait until they are enough to be scored together.
 
     Attributes:
-        groups: [R, W / G, G], or [R / G, G, W].
-        best: [R, W / G], or [R / G, W].
+        counts: [K, q] int64, of the queries from `first` on.
     """
 
-    def __init__(self, direction: Direction, dim: int, queries: slice, first_candidate: int, tile: Tensor) -> None:
-        self.direction, self.dim, self.queries, self.first_candidate = direction, dim, queries, first_candidate
-        self.size = math.gcd(tile.shape[dim], _GROUP)
-        self.groups = tile.unflatten(dim, (-1, self.size))
-        self.best = self.groups.amax(dim + 1)
+    def __init__(self, direction: Direction, queries: slice, score: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """`score` takes queries and candidates, [p] each, and gives their scores in float64."""
+        self.direction, self.first, self.score = direction, queries.start, score
+        depth = direction.depth(queries)
+        self.counts = direction.before.new_zeros(depth, queries.stop - queries.start)
+        # One piece of memory: small ones that stay would keep the large ones between them from being used again.
+        self._near = self.counts.new_empty(3, _NEAR)
+        self._pairs = 0
 
-    def before(self, pairs: Pairs) -> Tensor:
-        """[q, K']: candidates that stand before, right ones being at -inf."""
-        depth = self.direction.depth(self.queries)
-        highs, lows = (t[:depth, self.queries] for t in (self.direction.high, self.direction.low))
-        found = torch.zeros(lows.shape, dtype=torch.int64, device=lows.device)
-        for k, (high, low) in enumerate(zip(highs, lows, strict=True)):
-            below = self.best < (low[:, None] if self.dim == 1 else low)
+    def add(self, tile: Tensor, dim: int, queries: slice, first_candidate: int) -> None:
+        """Count in a tile, of which the queries are the rows (`dim` 1) or the columns (0); right ones are at -inf."""
+        size = math.gcd(tile.shape[dim], _GROUP)
+        groups = tile.unflatten(dim, (-1, size))  # [R, W / G, G], or [R / G, G, W]
+        best = groups.amax(dim + 1)
+        for k in range(self.direction.depth(queries)):
+            high, low = self.direction.high[k, queries], self.direction.low[k, queries]
+            counts = self.counts[k, queries.start - self.first :]
+            below = best < (low[:, None] if dim == 1 else low)
             for marked in (~below).nonzero().split(_GROUPS):  # so also where a score overflowed
-                query, group = marked.unbind(1)[:: 1 if self.dim == 1 else -1]
-                scores = self.groups[query, group] if self.dim == 1 else self.groups[group, :, query]
+                query, group = marked.unbind(1)[:: 1 if dim == 1 else -1]
+                scores = groups[query, group] if dim == 1 else groups[group, :, query]
                 above, reached = scores > high[query, None], scores >= low[query, None]
-                found[k].index_add_(0, query, above.sum(1))
+                counts.index_add_(0, query, above.sum(1))
                 at, within = (reached & ~above).nonzero().unbind(1)
-                i = query[at] + self.queries.start
-                j = group[at] * self.size + within + self.first_candidate
-                exact = pairs(i, j) if self.dim == 1 else pairs(j, i)
-                stands_before = exact >= self.direction.right[i, k] - self.direction.slack[i]
-                found[k].index_add_(0, query[at], stands_before.long())
-        return found.T
+                self._wait(k, query[at] + queries.start, group[at] * size + within + first_candidate)
+
+    def _wait(self, k: int, queries: Tensor, candidates: Tensor) -> None:
+        for i, j in zip(queries.split(_NEAR), candidates.split(_NEAR), strict=True):
+            if self._pairs + len(i) > _NEAR:
+                self.settle()
+            room = self._near[:, self._pairs :][:, : len(i)]
+            room[0], room[1], room[2] = k, i, j
+            self._pairs += len(i)
+
+    def settle(self) -> None:
+        """Score and count the pairs that wait."""
+        k, i, j = self._near[:, : self._pairs]
+        stands_before = self.score(i, j) >= self.direction.right[i, k] - self.direction.slack[i]
+        self.counts.index_put_((k, i - self.first), stands_before.long(), accumulate=True)
+        self._pairs = 0
 
 
 class _Counting:
@@ -188,9 +209,10 @@ class _Counting:
         self.tile = forward.queries.new_empty(self.rows * min(_WIDTH, len(forward.candidates)))
 
     def count(self, rows: slice) -> list[Tensor]:
-        """What these queries add to `before` of theirs, and of all candidates."""
+        """What these queries add to `before` of theirs, and of all candidates: [K', q] each."""
         n, m = rows.stop - rows.start, len(self.right.candidate_labels)
-        before = [d.before.new_zeros(size, d.before.shape[1]) for d, size in zip(self.directions, (n, m), strict=False)]
+        queries, scores = (rows, slice(0, m)), (self.pairs, self.pairs.turned)
+        tallies = [_Tally(*of) for of in zip(self.directions, queries, scores, strict=False)]
         x, y = self.pairs.sides
         exclude = self.right.excluder(rows)
         for first in range(0, m, _WIDTH):
@@ -200,14 +222,15 @@ class _Counting:
             torch.mm(x[rows], y[columns].T, out=tile[:n])
             exclude(tile[:n], first)
             tile[n:] = -torch.inf
-            sides = [(1, rows, first, tile[:n], slice(None)), (0, columns, rows.start, tile, columns)]
-            for direction, total, (dim, queries, start, part, at) in zip(self.directions, before, sides, strict=False):
-                found = _Side(direction, dim, queries, start, part).before(self.pairs)
-                total[at, : found.shape[1]] += found
-        return before
+            tallies[0].add(tile[:n], 1, rows, first)
+            if len(tallies) > 1:
+                tallies[1].add(tile, 0, columns, rows.start)
+        for tally in tallies:
+            tally.settle()
+        return [tally.counts for tally in tallies]
 
 
-def count(forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
+def count(forward: Direction, backward: Direction | None, right: Right, block: int, threads: int) -> None:
     """Fill `before` of both, on all ranks that share the work."""
     n, ranks = len(forward.queries), world()
     blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)][ranks.rank :: ranks.size]
@@ -224,26 +247,25 @@ def count(forward: Direction, backward: Direction | None, right: Right, block: i
         return found
 
     with _full_precision():
-        for rows, found in zip(blocks, _on_cores(some, blocks), strict=True):
-            forward.before[rows] += found[0]
+        for rows, found in zip(blocks, _on_cores(some, blocks, threads), strict=True):
+            forward.before[rows, : len(found[0])] += found[0].T
             if backward is not None:
-                backward.before += found[1]
+                backward.before[:, : len(found[1])] += found[1].T
     for direction in (forward, backward):
         if direction is not None:
             direction.before = ranks.sum([direction.before.to(ranks.device)])[0].cpu()
 
 
-def _on_cores(function: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:
+def _on_cores(function: Callable[[T], R], pieces: Sequence[T], threads: int) -> Iterator[R]:
     """`function` of every piece, in order.
 
     Each core goes through its cache alone. One operation after another on all cores would end thousands of times with a
     wait for the slowest.
     """
-    threads = max(1, min(torch.get_num_threads(), len(pieces)))
-    return in_threads((partial(function, piece) for piece in pieces), threads)
+    return in_threads((partial(function, piece) for piece in pieces), max(1, min(threads, len(pieces))))
 
 
-def best_right(x: Tensor, y: Tensor, right: Right, depth: int) -> Tensor:
+def best_right(x: Tensor, y: Tensor, right: Right, depth: int, threads: int) -> Tensor:
     """[n, K] float64: scores of the best right candidates, `depth` at most, falling; +inf where there are fewer."""
     labels = right.labels
     k = min(depth, max(1, int(right.count.max())))
@@ -259,7 +281,7 @@ def best_right(x: Tensor, y: Tensor, right: Right, depth: int) -> Tensor:
 
     if len(few):
         pieces = few.split(max(1, _PAIRS // width))
-        found[few] = torch.cat(list(_on_cores(some, pieces)))
+        found[few] = torch.cat(list(_on_cores(some, pieces, threads)))
     for label in labels[right.count > _LARGE].unique():
         columns = (right.candidate_labels == label).nonzero()[:, 0]
         for rows in (labels == label).nonzero()[:, 0].split(_ROWS):

@@ -8,6 +8,8 @@ Letters: n queries, m candidates, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +44,7 @@ def rank_both_ways(
 ) -> tuple[Ranks, Ranks]:
     """Ranks of y for queries x, and of x for queries y, from one matrix product.
 
-    Beside its inputs it holds, in each thread, [block, 1984] scores and 5 MB.
+    Beside its inputs it holds, in each thread, [block, 1984] scores and 3 MB.
 
     Args:
         x: [n, D] float32; a score is an inner product. Where a row is not finite, nothing is found with it, and it
@@ -77,12 +79,27 @@ def _run(
     forward = backward = None
     if len(a) and len(b):
         right = Right(a, b)
-        forward = Direction(x_known, y_known, best_right(x_known, y_known, right, DEPTH))
-        if both:
-            backward = Direction(y_known, x_known, best_right(y_known, x_known, Right(b, a), DEPTH))
-        count(forward, backward, right, block)
+        with _alone() as threads:
+            forward = Direction(x_known, y_known, best_right(x_known, y_known, right, DEPTH, threads))
+            if both:
+                backward = Direction(y_known, x_known, best_right(y_known, x_known, Right(b, a), DEPTH, threads))
+            count(forward, backward, right, block, threads)
     found = _ranks(forward, x_finite, y_finite, x_labels, y_labels)
     return found, _ranks(backward, y_finite, x_finite, y_labels, x_labels) if both else None
+
+
+@contextmanager
+def _alone() -> Generator[int]:
+    """Operations of one thread, and how many threads there may be.
+
+    Torch's helpers go on to spin for some milliseconds after an operation that they shared, in the way of our threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ranks(
