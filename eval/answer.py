@@ -13,7 +13,7 @@ from typing import Any
 from mmcontrast.arguments import write_json
 from mmcontrast.checkpoint import find_checkpoint, read_config
 from mmcontrast.config import ConfigError, from_dict
-from mmcontrast.eval.embed import EmbeddingCache, embed, has
+from mmcontrast.eval.embed import EmbeddingCache, embed, has, remembering
 from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.models import Asked, load_asked
 from mmcontrast.eval.result import Difference, Result, compare
@@ -184,11 +184,13 @@ def answer_again(path: Path, *, trust: Collection[str] = ()) -> list[Answer]:
     settings = {n: from_dict(value, trust=trust, where=f"evaluators.{n}") for n, value in named.items()}
     asked = load_asked(path, trust=trust, device=device_of())
     found: list[Answer] = []
+    known: dict[Any, Any] = {}
     for name, config in settings.items():
         task = config.build()
         if not isinstance(task, Task):
             raise ConfigError(f"evaluators.{name} is a {type(task).__name__}, which is no question of mmcontrast.eval")
-        found.append(Answer(" ".join(config.data), asked, task.answer(asked.model), name))
+        with remembering(known):
+            found.append(Answer(" ".join(config.data), asked, task.answer(asked.model), name))
     return found
 
 

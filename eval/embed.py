@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mmcontrast.config import ConfigError
 from mmcontrast.data.compose import Compose
 from mmcontrast.data.reader import Reader
 from mmcontrast.data.threads import processors
-from mmcontrast.encoders.base import Transform
 from mmcontrast.encoders.multi import MultiEncoder
+from mmcontrast.eval.chunks import Chunk, Chunks, Composed, Sample
 from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.layouts import open_data
 from mmcontrast.eval.parts import Parts, write_at_once
 from mmcontrast.eval.sources import Shards, Source
 from mmcontrast.eval.together import agree, world
-from mmcontrast.randomness import fold_seed
 from mmcontrast.shards import BadSample, ShardSet
 
 _CHUNKS = 32  # batches of a part at most: so many are embedded again after a crash
@@ -55,26 +56,6 @@ class EmbeddingCache:
         return Parts(self.folder / self.model / f"{source.fingerprint}-{modality}", facts)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """One sample as the model takes it: modality -> inputs, none, one or several."""
-
-    position: int
-    key: str
-    inputs: Mapping[str, Sequence[Any]]
-    meta: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some samples: modality -> inputs in batches, and the number of the sample that each input is of."""
-
-    batches: Mapping[str, Sequence[Any]]
-    rows: Mapping[str, Tensor]
-    samples: Mapping[int, _Sample]
-    skipped: Mapping[int, str]
-
-
 @dataclass
 class _Part:
     """Embeddings of some chunks, and what was damaged: number of a sample -> why.
@@ -85,78 +66,24 @@ class _Part:
 
     z: dict[str, Tensor]
     rows: dict[str, Tensor]
-    samples: dict[int, _Sample]
+    samples: dict[int, Sample]
     skipped: dict[int, str]
 
 
-class _Chunks(Dataset[_Chunk]):
-    """Chunk number -> its samples, damaged ones left out and named. Runs in loader workers."""
-
-    composed = False
-
-    def __init__(self, source: Source, transforms: Mapping[str, Transform], size: int) -> None:
-        self.source, self.transforms, self.size = source, transforms, size
-
-    def count(self) -> int:
-        """Samples to be read."""
-        return len(self.source)
-
-    def sample(self, number: int) -> _Sample:
-        """Read one.
-
-        Raises:
-            BadSample: it is damaged.
-        """
-        inputs: dict[str, Sequence[Any]] = {}
-        for modality, transform in self.transforms.items():
-            values = self.source.values(number, modality, transform.kind)
-            if values:
-                inputs[modality] = [transform(value) for value in values]
-        return _Sample(number, "", inputs, {})
-
-    def __len__(self) -> int:
-        return -(-self.count() // self.size)
-
-    def __getitem__(self, chunk: int) -> _Chunk:
-        samples: dict[int, _Sample] = {}
-        skipped: dict[int, str] = {}
-        for number in range(chunk * self.size, min((chunk + 1) * self.size, self.count())):
-            try:
-                samples[number] = self.sample(number)
-            except BadSample as error:
-                skipped[number] = str(error)
-        batches: dict[str, Sequence[Any]] = {}
-        rows: dict[str, Tensor] = {}
-        for modality, transform in self.transforms.items():
-            flat = [x for sample in samples.values() for x in sample.inputs.get(modality, ())]
-            rows[modality] = torch.tensor([i for i, s in samples.items() for _ in s.inputs.get(modality, ())]).long()
-            # As large as without several captions: memory is bounded by the batch.
-            batches[modality] = [transform.collate(flat[i : i + self.size]) for i in range(0, len(flat), self.size)]
-        # Inputs stay behind: they are in the batches.
-        told = {i: replace(s, inputs={}) for i, s in samples.items()} if self.composed else {}
-        return _Chunk(batches, rows, told, skipped)
+_known: ContextVar[dict[Any, _Part] | None] = ContextVar("known", default=None)
 
 
-class _Composed(_Chunks):
-    """Examples that are composed of samples, each by the draw's number."""
+@contextmanager
+def remembering(known: dict[Any, Any]) -> Generator[None]:
+    """What is embedded within is kept in `known`, and what the same model has embedded before is taken from there.
 
-    composed = True
-
-    def __init__(
-        self, source: Source, transforms: Mapping[str, Transform], size: int, compose: Compose, draw: int
-    ) -> None:
-        super().__init__(source, transforms, size)
-        self.compose, self.draw = compose, draw
-
-    def count(self) -> int:
-        """Anchors."""
-        return len(self.compose)
-
-    def sample(self, number: int) -> _Sample:
-        """Compose one."""
-        position = self.compose.anchor(number)
-        e = self.compose.example(position, fold_seed("evaluation", self.draw, position))
-        return _Sample(e.position, e.key, {m: [x] for m, x in e.inputs.items()}, e.meta)
+    Its weights must not change while `known` is used. Composed examples are not kept.
+    """
+    token = _known.set(known)
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def embed(
@@ -208,9 +135,14 @@ def embed(
             if not source.has(transform.kind):
                 raise ConfigError(f"no sample has the modality {modality!r}: there are no files of {transform.kind}")
         # One by one, so that each can be kept by itself.
+        known = _known.get()
+        known = {} if known is None else known
         for modality, transform in transforms.items():
-            chunks = _Chunks(source, {modality: transform}, batch_size)
-            found = _together(model, chunks, workers, progress, cache)
+            key = (model, source.fingerprint, getattr(source, "lines", False), modality, batch_size)
+            found = known.get(key)
+            if found is None:
+                chunks = Chunks(source, {modality: transform}, batch_size)
+                found = known[key] = _together(model, chunks, workers, progress, cache)
             whole.z |= found.z
             whole.rows |= found.rows
             whole.skipped |= {i: why for i, why in found.skipped.items() if i not in whole.skipped}
@@ -219,7 +151,7 @@ def embed(
         if reader is None:
             raise ConfigError("examples can be composed of samples in shards only; write shards: mmcontrast prep")
         composed: Compose = compose.build(reader)
-        whole = _together(model, _Composed(source, transforms, batch_size, composed, draw), workers, progress, None)
+        whole = _together(model, Composed(source, transforms, batch_size, composed, draw), workers, progress, None)
         facts = dict(composed.facts)
     samples = [whole.samples[number] for number in sorted(whole.samples)]
     skipped = [(*source.name(number), whole.skipped[number]) for number in sorted(whole.skipped)]
@@ -260,14 +192,12 @@ def _describe(source: Source, modalities: Iterable[str], whole: _Part) -> None:
             whole.skipped[number] = f"has none of {', '.join(modalities)}"
             continue
         try:
-            whole.samples[number] = _Sample(number, source.name(number)[1], {}, source.meta(number))
+            whole.samples[number] = Sample(number, source.name(number)[1], {}, source.meta(number))
         except BadSample as error:
             whole.skipped[number] = str(error)
 
 
-def _together(
-    model: MultiEncoder, chunks: _Chunks, workers: int, progress: bool, cache: EmbeddingCache | None
-) -> _Part:
+def _together(model: MultiEncoder, chunks: Chunks, workers: int, progress: bool, cache: EmbeddingCache | None) -> _Part:
     """Embed all chunks; each rank does some parts, and all of them know the whole."""
     ranks, names = world(), list(chunks.transforms)
     # The same parts whatever the ranks: as many as give each of them some, and not so large that much is lost.
@@ -306,7 +236,7 @@ def _together(
     return found
 
 
-def _open(cache: EmbeddingCache, chunks: _Chunks, length: int) -> Parts:
+def _open(cache: EmbeddingCache, chunks: Chunks, length: int) -> Parts:
     """The parts of the one modality on the disk, on rank 0 first: it removes those of another plan."""
     (modality,) = chunks.transforms
     opened: Parts | None = None
@@ -324,7 +254,7 @@ def _open(cache: EmbeddingCache, chunks: _Chunks, length: int) -> Parts:
 
 def _embedded(
     model: MultiEncoder,
-    chunks: _Chunks,
+    chunks: Chunks,
     wanted: Mapping[int, range],
     workers: int,
     progress: bool,
@@ -354,7 +284,7 @@ def _embedded(
     )
     order = [chunk for part in left.values() for chunk in part]
     workers = min(workers, len(order))
-    loaded: Iterator[_Chunk] = iter(DataLoader(chunks, batch_size=None, sampler=order, num_workers=workers))
+    loaded: Iterator[Chunk] = iter(DataLoader(chunks, batch_size=None, sampler=order, num_workers=workers))
     with bar:
         for number, part in left.items():
             z: dict[str, list[Tensor]] = {m: [] for m in names}
@@ -375,7 +305,7 @@ def _embedded(
             yield number, made
 
 
-def _samples(chunks: _Chunks, part: range) -> int:
+def _samples(chunks: Chunks, part: range) -> int:
     return min(part.stop * chunks.size, chunks.count()) - part.start * chunks.size
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError, Configurable
 from mmcontrast.encoders.multi import MultiEncoder
-from mmcontrast.eval.embed import embed
+from mmcontrast.eval.embed import embed, remembering
 from mmcontrast.eval.embedded import Embedded
 from mmcontrast.eval.result import Result
 from mmcontrast.eval.together import sharing
@@ -47,9 +47,12 @@ class Task(Configurable):
         self.last = self.answer(model)
         return self.last.flat()
 
-    def run_together(self, model: MultiEncoder, ranks: World) -> dict[str, float | None]:
-        """`run` on all of these ranks, each of which does a part of the work; the same on every one."""
-        with sharing(ranks):
+    def run_together(self, model: MultiEncoder, ranks: World, known: dict[Any, Any]) -> dict[str, float | None]:
+        """`run` on all of these ranks, each of which does a part of the work; the same on every one.
+
+        Questions with the same `known` embed the same data once.
+        """
+        with sharing(ranks), remembering(known):
             return self.run(model)
 
     def details(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from mmcontrast.config import ConfigError
 from mmcontrast.encoders.multi import MultiEncoder
@@ -25,8 +25,14 @@ class Evaluator(Protocol):
 class SharedEvaluator(Evaluator, Protocol):
     """One that all ranks can answer together; others are asked on rank 0, for which the rest wait."""
 
-    def run_together(self, model: MultiEncoder, ranks: World) -> Mapping[str, float | None]:
-        """Name -> value, the same on every rank; an error, too, comes to all of them."""
+    def run_together(self, model: MultiEncoder, ranks: World, known: dict[Any, Any]) -> Mapping[str, float | None]:
+        """Name -> value, the same on every rank; an error, too, comes to all of them.
+
+        Args:
+            model: which is asked.
+            ranks: all of them.
+            known: what questions to the same weights keep for each other, such as embeddings; empty at the first one.
+        """
         ...
 
 
@@ -41,10 +47,11 @@ def ask(
     found: dict[str, float | None] = {}
     problem: ConfigError | None = None
     try:
-        for name, evaluator in evaluators.items():
-            for kind, model in models.items():
+        for kind, model in models.items():
+            known: dict[Any, Any] = {}
+            for name, evaluator in evaluators.items():
                 if isinstance(evaluator, SharedEvaluator):
-                    values = evaluator.run_together(model, world)
+                    values = evaluator.run_together(model, world, known)
                 elif world.rank == 0:
                     values = evaluator.run(model)
                 else:

@@ -22,6 +22,7 @@ from mmcontrast.eval import answer as answering
 from mmcontrast.eval.answer import Answer
 from mmcontrast.eval.embed import embed
 from mmcontrast.eval.embedded import Embedded
+from mmcontrast.eval.geometry import Geometry
 from mmcontrast.eval.models import load_asked
 from mmcontrast.eval.report import as_table
 from mmcontrast.eval.result import Items, Result
@@ -29,7 +30,9 @@ from mmcontrast.eval.retrieval import Retrieval, clip_benchmark_names
 from mmcontrast.eval.spec import override, read_spec
 from mmcontrast.eval.statistics import chance_recall, mean
 from mmcontrast.eval.zero_shot import ZeroShot, class_embeddings
+from mmcontrast.questions import ask
 from mmcontrast.shard_writer import Sample
+from mmcontrast.sharding import World
 from tests import tiny
 
 
@@ -106,6 +109,34 @@ def test_embedding_keeps_order_and_gaps_whatever_the_batch_size(asked: Asked) ->
         again = embed(asked.model, [asked.shards], batch_size=size, workers=workers)
         assert again.keys == data.keys and again.rows["text"].tolist() == data.rows["text"].tolist()
         torch.testing.assert_close(again.z, data.z, rtol=1e-5, atol=1e-5)
+
+
+def test_questions_of_one_evaluation_embed_the_same_data_once(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[MultiEncoder, str]] = []
+    plain = MultiEncoder.embed
+
+    def counted(model: MultiEncoder, modality: str, inputs: Any) -> Tensor:
+        calls.append((model, modality))
+        return plain(model, modality, inputs)
+
+    monkeypatch.setattr(MultiEncoder, "embed", counted)
+    other = load(asked.run)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5).add_(0.01)
+    data = (asked.shards,)
+    questions = {"found": Retrieval.Config(data=data).build(), "map": Geometry.Config(data=data).build()}
+    alone = {
+        f"{kind}/{name}/{key}": value
+        for kind, model in (("eval", asked.model), ("eval_ema", other))
+        for name, question in questions.items()
+        for key, value in question.run(model).items()
+    }
+    assert alone["eval/map/alignment"] != alone["eval_ema/map/alignment"]
+    assert [calls.count((asked.model, m)) for m in ("image", "text")] == [2, 2]
+    calls.clear()
+    assert ask(questions, {"eval": asked.model, "eval_ema": other}, World.alone()) == alone
+    assert sorted(calls, key=str) == sorted(((z, m) for z in (asked.model, other) for m in ("image", "text")), key=str)
 
 
 def test_damaged_samples_are_left_out_and_named(asked: Asked, tmp_path: Path) -> None:
