@@ -199,6 +199,9 @@ def _few(built: Mapping[str, Building], seconds: Mapping[str, Sequence[float]], 
         return
     flat, ours = (statistics.median(seconds[name]) / plan.queries for name in ("flat", "ours"))
     lists = built["ours"].seconds - built["ours_few"].seconds
+    if lists <= 0:
+        report.left_out["few_searches"] = "building lists took no longer than building none"
+        return
     report.ratios["few_searches"] = _FEW * flat / (lists + _FEW * ours)
     report.ratios["break_even"] = building_cost(plan.n, lists_of(plan.n)) / (lists / (flat - ours))
 

@@ -204,9 +204,11 @@ class _Counting:
     def __init__(self, forward: Direction, backward: Direction | None, right: Right, block: int) -> None:
         self.directions = [forward] if backward is None else [forward, backward]
         self.right, self.pairs = right, Pairs(forward.queries, forward.candidates)
-        # Whole groups of rows, where columns are queries too.
-        self.rows = -(-block // _GROUP) * _GROUP if backward else block
-        self.tile = forward.queries.new_empty(self.rows * min(_WIDTH, len(forward.candidates)))
+        self.tile = forward.queries.new_empty(self._rows(block) * min(_WIDTH, len(forward.candidates)))
+
+    def _rows(self, n: int) -> int:
+        """Rows of a tile: whole groups, where columns are queries, too."""
+        return -(-n // _GROUP) * _GROUP if len(self.directions) > 1 else n
 
     def count(self, rows: slice) -> list[Tensor]:
         """What these queries add to `before` of theirs, and of all candidates: [K', q] each."""
@@ -218,7 +220,7 @@ class _Counting:
         for first in range(0, m, _WIDTH):
             columns = slice(first, min(first + _WIDTH, m))
             # Without gaps between rows, also where it is narrower than the others.
-            tile = self.tile[: self.rows * (columns.stop - first)].view(self.rows, -1)
+            tile = self.tile[: self._rows(n) * (columns.stop - first)].view(self._rows(n), -1)
             torch.mm(x[rows], y[columns].T, out=tile[:n])
             exclude(tile[:n], first)
             tile[n:] = -torch.inf
@@ -233,8 +235,10 @@ class _Counting:
 def count(forward: Direction, backward: Direction | None, right: Right, block: int, threads: int) -> None:
     """Fill `before` of both, on all ranks that share the work."""
     n, ranks = len(forward.queries), world()
-    blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)][ranks.rank :: ranks.size]
-
+    blocks = _split(slice(0, n), block)[ranks.rank :: ranks.size]
+    # The last ones in quarters: threads that are not equally fast would wait for a whole one at the end.
+    last = [quarter for rows in blocks[-threads:] for quarter in _split(rows, -(-block // 4))]
+    blocks = blocks[:-threads] + last
     idle: list[_Counting] = []  # as many as there are threads, in the end
 
     def some(rows: slice) -> list[Tensor]:
@@ -254,6 +258,10 @@ def count(forward: Direction, backward: Direction | None, right: Right, block: i
     for direction in (forward, backward):
         if direction is not None:
             direction.before = ranks.sum([direction.before.to(ranks.device)])[0].cpu()
+
+
+def _split(rows: slice, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
 def _on_cores(function: Callable[[T], R], pieces: Sequence[T], threads: int) -> Iterator[R]:

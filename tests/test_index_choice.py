@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmcontrast.config import ConfigError
-from mmcontrast.eval.index import Index, build_index
+from mmcontrast.eval.index import Index, build_index, quality
 from mmcontrast.eval.index.build import Asked
 from mmcontrast.eval.index.choice import Choice, building_cost, choose, lists_of, size_of
 from mmcontrast.eval.index.quality import Questions, ask, measure, tune
@@ -156,6 +156,14 @@ def test_equal_vectors_are_equally_right() -> None:
     assert questions.recall(np.array([[0, 5, 6]]), vectors, 3) == pytest.approx(1 / 3)
 
 
+def test_an_exact_index_is_measured_quickly(made: dict[str, Segment], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its single queries reads all vectors: as many are timed as the time allows."""
+    monkeypatch.setattr(quality, "_SECONDS", 1e-9)
+    found = measure(made["Flat"], ask(made["Flat"], QUERIES[:20], "here"))
+    assert [found[f"recall_at_{k}"] for k in (1, 10, 100)] == [1, 1, 1]
+    assert found["latency_queries"] == 1 and found["latency_ms_p50"] > 0
+
+
 @pytest.mark.parametrize("kind", ["HNSW8", "IVF64,Flat", "IVF64,SQ8", "OPQ16,IVF32,PQ16x4fs", "SQ8", "HNSW8,SQ8"])
 def test_the_setting_taken_reaches_the_recall_asked_for(made: dict[str, Segment], kind: str) -> None:
     segment = made[kind]
@@ -189,7 +197,7 @@ def test_quality_is_measured_at_each_depth(made: dict[str, Segment]) -> None:
         answers = segment.search(QUERIES[:20], k)[1]
         assert found[f"recall_at_{k}"] == pytest.approx(_slow_recall(answers, VECTORS, QUERIES[:20], k))
     assert found["recall_at_100"] < found["recall_at_1"]
-    assert 0 < found["latency_ms_p50"] <= found["latency_ms_p99"]
+    assert 0 < found["latency_ms_p50"] <= found["latency_ms_p99"] and found["latency_queries"] == 20
     assert found["memory_mb"] == pytest.approx((segment.folder / "index.faiss").stat().st_size / 1e6)
     assert found["vectors_mb"] == pytest.approx(3000 * 32 * 4 / 1e6)
 

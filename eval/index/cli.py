@@ -243,7 +243,8 @@ def _say(folder: Path, manifest: Mapping[str, Any]) -> None:
     recalls = ", ".join(f"@{r} {q[f'recall_at_{r}']:.3f}" for r in (1, 10, 100))
     print(f"recall against exact search {recalls} on {q['queries']} queries ({q['queries_from']})")
     print(
-        f"latency {q['latency_ms_p50']:.2f} ms (median), {q['latency_ms_p99']:.2f} ms (99 %), "
+        f"latency {q['latency_ms_p50']:.2f} ms (median), {q['latency_ms_p99']:.2f} ms (99 %) "
+        f"of {q['latency_queries']} single queries, "
         f"{q['queries_per_second']:.0f} queries/s at once; memory {q['memory_mb']:.1f} MB, "
         f"vectors on the disk {q['vectors_mb']:.1f} MB"
     )
