@@ -235,10 +235,7 @@ class _Counting:
 def count(forward: Direction, backward: Direction | None, right: Right, block: int, threads: int) -> None:
     """Fill `before` of both, on all ranks that share the work."""
     n, ranks = len(forward.queries), world()
-    blocks = _split(slice(0, n), block)[ranks.rank :: ranks.size]
-    # The last ones in quarters: threads that are not equally fast would wait for a whole one at the end.
-    last = [quarter for rows in blocks[-threads:] for quarter in _split(rows, -(-block // 4))]
-    blocks = blocks[:-threads] + last
+    blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)][ranks.rank :: ranks.size]
     idle: list[_Counting] = []  # as many as there are threads, in the end
 
     def some(rows: slice) -> list[Tensor]:
@@ -258,10 +255,6 @@ def count(forward: Direction, backward: Direction | None, right: Right, block: i
     for direction in (forward, backward):
         if direction is not None:
             direction.before = ranks.sum([direction.before.to(ranks.device)])[0].cpu()
-
-
-def _split(rows: slice, size: int) -> list[slice]:
-    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
 def _on_cores(function: Callable[[T], R], pieces: Sequence[T], threads: int) -> Iterator[R]:
