@@ -159,8 +159,7 @@ class _Tally:
     def __init__(self, direction: Direction, queries: slice, score: Callable[[Tensor, Tensor], Tensor]) -> None:
         """`score` takes queries and candidates, [p] each, and gives their scores in float64."""
         self.direction, self.first, self.score = direction, queries.start, score
-        depth = direction.depth(queries)
-        self.counts = direction.before.new_zeros(depth, queries.stop - queries.start)
+        self.counts = direction.before.new_zeros(direction.depth(queries), queries.stop - queries.start)
         # One piece of memory: small ones that stay would keep the large ones between them from being used again.
         self._near = self.counts.new_empty(3, _NEAR)
         self._pairs = 0
@@ -186,7 +185,7 @@ class _Tally:
         for i, j in zip(queries.split(_NEAR), candidates.split(_NEAR), strict=True):
             if self._pairs + len(i) > _NEAR:
                 self.settle()
-            room = self._near[:, self._pairs :][:, : len(i)]
+            room = self._near[:, self._pairs : self._pairs + len(i)]
             room[0], room[1], room[2] = k, i, j
             self._pairs += len(i)
 

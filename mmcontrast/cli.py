@@ -234,21 +234,18 @@ def caption(
 
     if not files:
         raise ConfigError("caption needs at least one file: mmcontrast caption MODEL PICTURE…")
+    captioner = load(model, trust=trust).to(device_of())
     try:
-        texts = (
-            load(model, trust=trust)
-            .to(device_of())
-            .caption(
-                files,
-                head=head,
-                method=method,
-                beams=beams,
-                top_p=top_p,
-                temperature=temperature,
-                seed=seed,
-                max_tokens=max_tokens,
-                repetition_penalty=repetition_penalty,
-            )
+        texts = captioner.caption(
+            files,
+            head=head,
+            method=method,
+            beams=beams,
+            top_p=top_p,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            repetition_penalty=repetition_penalty,
         )
     except BadSample as error:
         raise ConfigError(str(error)) from None

@@ -140,9 +140,8 @@ def measure(segment: Segment, questions: Questions) -> dict[str, Any]:
     recalls: dict[str, float] = {}
     exact, own = segment.type == FLAT, questions.own is not None
     found: Ints | None = None
-    for (
-        r
-    ) in RANKS:  # each by a search for as many: a search for 100 finds the nearest one more surely, unless it is exact
+    # Each by a search for as many, unless it is exact: one for 100 finds the nearest more surely.
+    for r in RANKS:
         if found is None or not exact:
             _, found = segment.search(questions.z, min((max(RANKS) if exact else r) + own, len(segment)))
         recalls[f"recall_at_{r}"] = questions.recall(found, segment.vectors, r)
